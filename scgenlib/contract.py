@@ -1,0 +1,169 @@
+"""The data contract, checked in one place: by `datasets.load` and by every `fit`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from scgenlib.errors import DataError, message, unknown
+from scgenlib.preprocess import value_scale
+
+__all__ = ["as_labels", "check_anndata"]
+
+
+def as_labels(column: pd.Series) -> pd.Series:
+    """Return a column as a categorical of strings; missing labels stay missing."""
+    text = column.astype(object).where(column.isna(), column.astype(str))
+    return text.astype("category")
+
+
+def check_anndata(
+    adata: ad.AnnData,
+    *,
+    label_key: str | None = None,
+    need_counts: bool = False,
+    min_cells: int = 2,
+) -> None:
+    """Check the data contract.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes. Negative values are allowed only for coordinates (the card's
+        value scale). A gene without expression is allowed, a cell is not.
+    label_key
+        Column that must exist, be complete and have two or more classes. None: not
+        checked.
+    need_counts
+        Ask for whole numbers in `layers["counts"]`.
+    min_cells
+        Fewest cells that will do.
+
+    Raises
+    ------
+    DataError
+        Naming what was found, what is allowed and what to do.
+    """
+    if not isinstance(adata, ad.AnnData):
+        raise DataError(
+            message(
+                "The data are not an AnnData object",
+                found=type(adata).__name__,
+                allowed="anndata.AnnData",
+                do="Use scgenlib.datasets.load, or anndata.AnnData(matrix).",
+            )
+        )
+    if adata.n_vars == 0 or adata.n_obs < max(min_cells, 1):
+        raise DataError(
+            message(
+                "The data have too few cells or genes",
+                found=f"{adata.n_obs} cells x {adata.n_vars} genes",
+                allowed=f"at least {max(min_cells, 1)} cells and 1 gene",
+            )
+        )
+    _check_names(adata)
+    if adata.X is None:
+        raise DataError(message("X is empty", allowed="a matrix of cells x genes"))
+    is_expression = adata.uns.get("dataset", {}).get("value_scale", "") != "coordinates"
+    _check_values(adata.X, adata.obs_names, is_expression)
+    if need_counts:
+        _check_counts(adata)
+    if label_key is not None:
+        _check_labels(adata.obs, label_key)
+
+
+def _check_names(adata: ad.AnnData) -> None:
+    for axis, index in (("cell", adata.obs_names), ("gene", adata.var_names)):
+        if not index.is_unique:
+            twice = index[index.duplicated()].unique()
+            raise DataError(
+                message(
+                    f"There are duplicate {axis} names",
+                    found=f"{len(twice)} names more than once, such as {twice[0]!r}",
+                    allowed="unique names",
+                    do="Call adata.obs_names_make_unique()."
+                    if axis == "cell"
+                    else "Call adata.var_names_make_unique().",
+                )
+            )
+
+
+def _check_values(X: Any, cells: pd.Index, is_expression: bool) -> None:
+    values = X.data if sp.issparse(X) else np.asarray(X)
+    if not np.isfinite(values).all():
+        raise DataError(
+            message(
+                "X holds NaN or infinite values",
+                found=f"{int((~np.isfinite(values)).sum())} of them",
+                allowed="finite numbers",
+                do="Remove or replace them first.",
+            )
+        )
+    if not is_expression:
+        return
+    if values.size and values.min() < 0:
+        raise DataError(
+            message(
+                "X holds negative values, as after centring or scaling",
+                found=f"{int((values < 0).sum())} of them, down to {values.min():.4g}",
+                allowed="log1p-normalised expression, 0 or more",
+                do="Go back to counts or log1p values: scgenlib.preprocess.normalise.",
+            )
+        )
+    empty = np.flatnonzero(np.asarray(X.sum(axis=1)).ravel() == 0)
+    if len(empty):
+        shown = ", ".join(str(cell) for cell in cells[empty[:3]])
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        raise DataError(
+            message(
+                "Some cells have no expression at all",
+                found=f"{len(empty)} of {X.shape[0]} cells: {shown}{more}",
+                allowed="at least one value above 0 in each cell",
+                do="Drop them: adata = adata[adata.X.sum(axis=1) > 0].copy()",
+            )
+        )
+
+
+def _check_counts(adata: ad.AnnData) -> None:
+    found = "no such layer"
+    if "counts" in adata.layers:
+        scale = value_scale(adata.layers["counts"])
+        if scale == "counts":
+            return
+        found = f"values that look {scale}"
+    raise DataError(
+        message(
+            "This method needs raw counts in adata.layers['counts']",
+            found=found,
+            allowed="whole numbers, 0 or more",
+            do="Use a data set with counts, or put yours into that layer.",
+        )
+    )
+
+
+def _check_labels(obs: pd.DataFrame, label_key: str) -> None:
+    if label_key not in obs:
+        raise unknown("label column", label_key, obs.columns, error=DataError)
+    labels = obs[label_key]
+    if labels.isna().any():
+        raise DataError(
+            message(
+                f"Some cells have no label in {label_key!r}",
+                found=f"{int(labels.isna().sum())} of {len(labels)} cells",
+                allowed="one label per cell",
+                do=f"Drop them: adata = adata[adata.obs[{label_key!r}].notna()].copy()",
+            )
+        )
+    if labels.nunique() < 2:
+        raise DataError(
+            message(
+                f"The label column {label_key!r} has one class only",
+                found=str(labels.iloc[0]),
+                allowed="two or more classes",
+                do="Choose another column with label_key.",
+            )
+        )

@@ -1,0 +1,431 @@
+"""Normalise, filter, choose genes, split, and tell what kind of numbers a matrix holds.
+
+Nothing here knows a model. Every function leaves its input unchanged and keeps
+sparse matrices sparse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from scgenlib.errors import ConfigError, DataError, message, unknown
+
+__all__ = [
+    "dense_rows",
+    "filter_genes",
+    "normalise",
+    "rare_types",
+    "select_genes",
+    "split",
+    "value_scale",
+]
+
+# log1p of anything a cell can hold stays far below this (e^30 = 1e13 molecules).
+_LOG_LIMIT = 30.0
+
+
+def _values(X: Any) -> np.ndarray:
+    """Return the stored values: the non-zeros of a sparse matrix, or all."""
+    return X.data if sp.issparse(X) else np.asarray(X)
+
+
+def _library(X: Any) -> np.ndarray:
+    """Return the row sums as float64."""
+    return np.asarray(X.sum(axis=1), dtype=np.float64).ravel()
+
+
+def normalise(counts: Any, target_sum: float | None = 1e4) -> sp.csr_matrix:
+    """Scale every cell to one total and take log(1 + x).
+
+    Parameters
+    ----------
+    counts
+        Cells x genes, dense or sparse, not negative.
+    target_sum
+        The total of every cell after scaling. A constant, so that no cell's value
+        depends on other cells. None takes the logarithm only.
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix
+        float32, same shape. A cell without counts stays zero.
+
+    Raises
+    ------
+    DataError
+        If a value is negative.
+    """
+    out = sp.csr_matrix(counts, dtype=np.float64, copy=True)
+    if out.nnz and out.data.min() < 0:
+        raise DataError(
+            message(
+                "Negative values cannot be normalised",
+                found=float(out.data.min()),
+                allowed="counts, 0 or more",
+            )
+        )
+    if target_sum is not None:
+        total = _library(out)
+        scale = np.divide(target_sum, total, out=np.zeros_like(total), where=total > 0)
+        out.data *= np.repeat(scale, np.diff(out.indptr))
+    np.log1p(out.data, out=out.data)
+    return out.astype(np.float32)
+
+
+def _unit_steps(X: sp.csr_matrix, inverse: Callable[..., np.ndarray]) -> bool:
+    """Whether each cell, put through `inverse`, holds whole multiples of one value.
+
+    Counts divided by a cell's total are multiples of the value of a single
+    molecule, which most cells hold at least once.
+    """
+    passed = tested = 0
+    for row in range(X.shape[0]):
+        x = inverse(X.data[X.indptr[row] : X.indptr[row + 1]].astype(np.float64))
+        # Cells with one distinct value prove nothing.
+        if len(x) < 5 or np.ptp(x) <= 1e-6 * x.max():
+            continue
+        steps = x / x.min()
+        steps = steps[steps < 1000]
+        if len(np.unique(np.rint(steps))) < 3:
+            continue
+        tested += 1
+        passed += bool(np.abs(steps - np.rint(steps)).max() < 0.02)
+    return tested > 0 and passed >= 0.8 * tested
+
+
+def _constant_sums(X: sp.csr_matrix, inverse: Callable[..., np.ndarray]) -> bool:
+    """Whether all cells, put through `inverse`, have the same total."""
+    Y = X.astype(np.float64)
+    Y.data = inverse(Y.data)
+    total = _library(Y)
+    return len(total) > 1 and bool(np.ptp(total) <= 1e-3 * total.mean())
+
+
+def value_scale(X: Any, *, log1p_mark: bool = False, max_cells: int = 200) -> str:
+    """Tell what kind of numbers an expression matrix holds.
+
+    The answer rests on checks: whole numbers are counts; negative numbers have been
+    centred; logarithms are recognised because undoing them gives either equal cell
+    totals or whole multiples of one molecule's value.
+
+    Parameters
+    ----------
+    X
+        Cells x genes, dense or sparse.
+    log1p_mark
+        True if the file says that X is log1p data (scanpy writes `uns["log1p"]`).
+        It decides only where the checks find no contradiction.
+    max_cells
+        How many cells the slower checks look at (evenly spaced).
+
+    Returns
+    -------
+    str
+        "counts" (whole numbers), "log1p" (natural logarithm of 1 + x), "log2"
+        (log2 of 1 + x), "normalised" (scaled, no logarithm) or "scaled" (centred).
+
+    Raises
+    ------
+    DataError
+        If a value is NaN or infinite, or if no check is decisive.
+    """
+    values = _values(X)
+    if values.size == 0 or not np.any(values):
+        raise DataError(
+            message(
+                "The matrix is empty: it has no value other than 0",
+                found=X.shape,
+                allowed="a matrix of cells x genes with some expression",
+            )
+        )
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise DataError(
+            message(
+                "The matrix holds NaN or infinite values",
+                found=f"{bad} of them",
+                allowed="finite numbers",
+                do="Remove or replace them before loading.",
+            )
+        )
+    if values.min() < 0:
+        return "scaled"
+    if np.array_equal(values, np.rint(values)):
+        return "counts"
+    rows = np.unique(np.linspace(0, X.shape[0] - 1, max_cells).astype(int))
+    sample = sp.csr_matrix(X[rows])
+    sample.eliminate_zeros()
+    if values.max() <= _LOG_LIMIT:
+        inverses: dict[str, Callable[..., np.ndarray]] = {
+            "log1p": np.expm1,
+            "log2": lambda x: np.expm1(x * np.log(2.0)),
+        }
+        for name, inverse in inverses.items():
+            if _constant_sums(sample, inverse) or _unit_steps(sample, inverse):
+                return name
+    if values.max() > _LOG_LIMIT or _constant_sums(sample, np.asarray):
+        return "normalised"
+    if _unit_steps(sample, np.asarray):
+        return "normalised"
+    if log1p_mark:
+        return "log1p"
+    raise DataError(
+        message(
+            "Cannot tell what kind of numbers the matrix holds: they are neither whole"
+            " nor negative, and undoing a logarithm gives neither equal cell totals"
+            " nor multiples of one molecule",
+            found=f"values from 0 to {values.max():.4g}",
+            allowed="raw counts, or log1p of normalised counts",
+            do="Put the raw counts in adata.layers['counts'], or, if X is log1p data,"
+            " say so with adata.uns['log1p'] = {'base': None}.",
+        )
+    )
+
+
+def _counts_or_X(adata: ad.AnnData) -> tuple[Any, bool]:
+    """Return the counts if there are any, else X, and whether they are counts."""
+    if "counts" in adata.layers:
+        return adata.layers["counts"], True
+    return adata.X, False
+
+
+def filter_genes(
+    adata: ad.AnnData, min_cells_fraction: float = 0.1, min_value: float = 0.0
+) -> np.ndarray:
+    """Mark the genes that are seen in enough cells.
+
+    Parameters
+    ----------
+    adata
+        Data under the contract. `layers["counts"]` is used if present; otherwise the
+        logarithm of X is undone, so that `min_value` is always on the linear scale.
+    min_cells_fraction
+        Share of cells, 0 to 1, in which the gene must exceed `min_value`.
+    min_value
+        A cell counts if its value is greater than this.
+
+    Returns
+    -------
+    numpy.ndarray
+        One bool per gene.
+
+    Raises
+    ------
+    ConfigError
+        If `min_cells_fraction` is outside [0, 1] or `min_value` is negative.
+    """
+    if not 0 <= min_cells_fraction <= 1:
+        raise ConfigError(
+            message(
+                "min_cells_fraction is out of range",
+                found=min_cells_fraction,
+                allowed="0 to 1",
+            )
+        )
+    if min_value < 0:
+        raise ConfigError(
+            message("min_value is out of range", found=min_value, allowed="0 or more")
+        )
+    X, is_counts = _counts_or_X(adata)
+    limit = min_value if is_counts else np.log1p(min_value)
+    seen = np.asarray((X > limit).sum(axis=0)).ravel()
+    return np.asarray(seen >= min_cells_fraction * adata.n_obs)
+
+
+def _gene_mean_var(X: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and sample variance of each column in float64."""
+    n = X.shape[0]
+    if sp.issparse(X):
+        X = sp.csr_matrix(X)
+        # bincount sums in float64 without a second copy of the matrix.
+        data = X.data.astype(np.float64)
+        total = np.bincount(X.indices, weights=data, minlength=X.shape[1])
+        square = np.bincount(X.indices, weights=data**2, minlength=X.shape[1])
+    else:
+        total = X.sum(axis=0, dtype=np.float64)
+        square = np.einsum("ij,ij->j", X, X, dtype=np.float64)
+    mean = total / n
+    return mean, np.maximum(square - n * mean**2, 0.0) / max(n - 1, 1)
+
+
+def select_genes(adata: ad.AnnData, n_genes: int, n_bins: int = 20) -> np.ndarray:
+    """Choose highly variable genes: more dispersed than genes of similar mean.
+
+    Give training cells only. The dispersion (variance / mean) of the log1p values is
+    compared with the median of genes of similar mean, in units of the bin's median
+    absolute deviation.
+
+    Parameters
+    ----------
+    adata
+        Training cells, X log1p-normalised.
+    n_genes
+        How many genes to choose. If fewer vary, all that vary are returned.
+    n_bins
+        Number of bins with equally many genes.
+
+    Returns
+    -------
+    numpy.ndarray
+        Gene names in the order of `adata.var_names`.
+
+    Raises
+    ------
+    ConfigError
+        If `n_genes` is below 1.
+    DataError
+        If no gene varies over the cells.
+    """
+    if n_genes < 1:
+        raise ConfigError(
+            message("n_genes is out of range", found=n_genes, allowed="1 or more")
+        )
+    mean, var = _gene_mean_var(adata.X)
+    varies = np.flatnonzero((mean > 0) & (var > 1e-12))
+    if not len(varies):
+        raise DataError(
+            message(
+                "No gene varies over the cells",
+                found=f"{adata.n_obs} cells x {adata.n_vars} genes",
+                do="Check that the training cells are not all the same cell.",
+            )
+        )
+    if n_genes < len(varies):
+        dispersion = var[varies] / mean[varies]
+        by_mean = np.argsort(mean[varies], kind="stable")
+        score = np.empty(len(varies))
+        for group in np.array_split(by_mean, min(n_bins, len(varies))):
+            centred = dispersion[group] - np.median(dispersion[group])
+            spread = np.median(np.abs(centred))
+            score[group] = centred / spread if spread > 0 else centred
+        varies = varies[np.argsort(-score, kind="stable")[:n_genes]]
+    return np.asarray(adata.var_names)[np.sort(varies)].astype(str)
+
+
+def split(
+    adata: ad.AnnData,
+    *,
+    label_key: str = "cell_type",
+    test_size: float = 0.3,
+    seed: int = 0,
+    stratify: bool = True,
+) -> tuple[ad.AnnData, ad.AnnData]:
+    """Split cells into training and held-out cells.
+
+    Parameters
+    ----------
+    adata
+        All cells.
+    label_key
+        Column of cell types, used when `stratify` is true.
+    test_size
+        Share of held-out cells, strictly between 0 and 1.
+    seed
+        The same seed gives the same split.
+    stratify
+        Take this share of every type. A type with two or more cells is then on both
+        sides; a type with one cell stays in training.
+
+    Returns
+    -------
+    tuple of AnnData
+        Training and held-out cells: copies, cells in their original order.
+
+    Raises
+    ------
+    ConfigError
+        If `test_size` is not between 0 and 1.
+    DataError
+        If the label column is absent, or a side would be empty.
+    """
+    if not 0 < test_size < 1:
+        raise ConfigError(
+            message(
+                "test_size is out of range",
+                found=test_size,
+                allowed="a share strictly between 0 and 1",
+            )
+        )
+    rng = np.random.default_rng(seed)
+    groups = [np.arange(adata.n_obs)]
+    if stratify:
+        if label_key not in adata.obs:
+            raise unknown("label column", label_key, adata.obs.columns, error=DataError)
+        labels = adata.obs[label_key].astype(str).to_numpy()
+        groups = [np.flatnonzero(labels == name) for name in np.unique(labels)]
+    held_out = np.zeros(adata.n_obs, dtype=bool)
+    for cells in groups:
+        if len(cells) >= 2:
+            n_test = min(max(round(test_size * len(cells)), 1), len(cells) - 1)
+            held_out[rng.permutation(cells)[:n_test]] = True
+    if not held_out.any():
+        raise DataError(
+            message(
+                "No cell can be held out: every type has one cell",
+                found=f"{adata.n_obs} cells",
+                allowed="at least one type with two or more cells",
+            )
+        )
+    return adata[~held_out].copy(), adata[held_out].copy()
+
+
+def rare_types(
+    labels: Iterable[Any], threshold: int | None = None, rule: str = "<"
+) -> list[str]:
+    """Name the rare cell types, rarest first.
+
+    Parameters
+    ----------
+    labels
+        One cell type per cell.
+    threshold
+        Types with fewer cells than this are rare. None: the smallest type (all of
+        them if several are equally small) and any type under 5 % of the cells.
+    rule
+        "<" or "<=": whether a type of exactly `threshold` cells is rare.
+
+    Returns
+    -------
+    list of str
+        Never empty.
+
+    Raises
+    ------
+    ConfigError
+        If `rule` is neither "<" nor "<=".
+    DataError
+        If no type is rare under the threshold.
+    """
+    if rule not in ("<", "<="):
+        raise unknown("rule", rule, ["<", "<="])
+    values = labels if isinstance(labels, pd.Series) else pd.Series(list(labels))
+    sizes = values.astype(str).value_counts()
+    sizes = sizes.iloc[np.lexsort((sizes.index, sizes.to_numpy()))]
+    if threshold is None:
+        rare = (sizes == sizes.min()) | (sizes < 0.05 * sizes.sum())
+    else:
+        rare = sizes < threshold if rule == "<" else sizes <= threshold
+    if not rare.any():
+        raise DataError(
+            message(
+                f"No cell type is rare: none has a count {rule} {threshold}",
+                found=f"the smallest is {sizes.index[0]!r} with {sizes.iloc[0]} cells",
+                allowed=f"a threshold of {sizes.iloc[0] + 1} or more, or None for the"
+                " smallest type and any under 5 %",
+            )
+        )
+    return [str(name) for name in sizes.index[rare]]
+
+
+def dense_rows(X: Any, idx: Any) -> np.ndarray:
+    """Return the rows `idx` of a dense or sparse matrix as dense float32."""
+    rows = X[idx]
+    if sp.issparse(rows):
+        rows = rows.toarray()
+    return np.ascontiguousarray(rows, dtype=np.float32)

@@ -1,0 +1,785 @@
+"""Manifests, readers, downloads, .h5ad files, and the errors of each."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import yaml
+
+from scgenlib import datasets, download, readers
+from scgenlib.contract import as_labels
+from scgenlib.errors import DataError, DownloadError, ManifestError, OutputError
+from scgenlib.simulate import blobs, simulate
+
+ROOT = Path(__file__).resolve().parents[1]
+# Read before the fixture below hides it from the package.
+DATA_DIR = os.environ.get("SCGENLIB_DATA_DIR")
+
+
+def real_data() -> Path:
+    """Return the folder of published files, or skip the test saying why."""
+    if not DATA_DIR or not Path(DATA_DIR).is_dir():
+        pytest.skip("needs the published files: set SCGENLIB_DATA_DIR to their folder")
+    return Path(DATA_DIR)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keep every test away from the user's cache and data folder."""
+    monkeypatch.setattr(datasets, "_cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setenv("SCGENLIB_DATA_DIR", "")
+    return tmp_path / "cache"
+
+
+# --- what ships with the package ---------------------------------------------------
+
+
+def test_list_and_names():
+    table = datasets.list()
+    assert table["name"].tolist()[:2] == ["pbmc68k_reduced", "simulated"]
+    assert set(table["name"]) == {
+        *("pbmc68k_reduced", "simulated", "pollen", "yan", "cbmc", "baron_mouse"),
+        *("pbmc_facs", "muraro", "pbmc68k"),
+    }
+    row = table.set_index("name").loc["pollen"]
+    assert (row["cells"], row["genes"], row["types"]) == (299, 23702, 11)
+    assert table.loc[~table["verified"], "name"].tolist() == ["muraro", "pbmc68k"]
+    assert "pbmc68k" not in datasets.names("garage")
+    assert datasets.names("regina") == []
+
+
+def test_cards_carry_what_a_chapter_needs():
+    for name in datasets.names():
+        card = datasets.card(name)
+        assert sum(card["label_counts"].values()) == card["n_cells"]
+        assert {"target_sum", "gene_filter"} <= set(card["recipe"])
+        if card["verified"] and not card["simulated"]:
+            assert card["sha256"] and card["depth"]["mean"] > 0
+    assert datasets.card("simulated:yan")["simulated"] is True
+    assert datasets.card("yan")["simulated"] is False
+    thresholds = {n: datasets.card(n)["rare_threshold"] for n in datasets.names()}
+    documented = {"yan": 10, "pollen": 25, "cbmc": 200, "muraro": 200}
+    assert {k: v for k, v in thresholds.items() if v is not None} == documented
+
+
+def test_embedded_set_without_scanpy_or_network():
+    code = (
+        "import sys; from scgenlib import datasets as d;"
+        "a = d.load('pbmc68k_reduced', verbose=False);"
+        "heavy = {'scanpy', 'umap', 'torch', 'torch_geometric', 'pooch'};"
+        "print(a.shape, heavy & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "SCGENLIB_DATA_DIR": ""},
+    )
+    assert done.stdout.strip() == "(700, 765) set()"
+
+
+def test_pbmc68k_reduced_figures(capsys):
+    adata = datasets.load("pbmc68k_reduced")
+    line = capsys.readouterr().out
+    assert line.startswith("pbmc68k_reduced: 700 cells x 765 genes, 10 types, counts")
+    counts = adata.layers["counts"]
+    assert (counts.nnz, counts.sum(), counts.max()) == (174400, 486651, 259)
+    assert (counts[0].sum(), counts[-1].sum()) == (628, 1169)
+    assert adata.var_names[[0, -1]].tolist() == ["HES4", "MT-ND3"]
+    assert adata.obs_names[0] == "AAAGCCTGGCTAAC-1"
+    # X is the file's: scaled by the total over all genes, not over these 765.
+    library = adata.obs["n_counts"].to_numpy()[:, None]
+    expected = np.log1p(counts.toarray() / library * 1e4)
+    np.testing.assert_allclose(adata.X.toarray(), expected, atol=5e-3)
+    assert adata.uns["dataset"]["genes_preselected"] is True
+
+
+def test_simulated_is_what_its_card_says(capsys):
+    adata = datasets.load("simulated")
+    assert "SIMULATED, no real cell" in capsys.readouterr().out
+    assert (
+        adata.uns["dataset"]["label_counts"]
+        == (datasets.card("simulated")["label_counts"])
+    )
+    assert adata.uns["dataset"]["truth"]["dropout"] == 0.2
+    again = datasets.load("simulated", verbose=False)
+    assert (again.X != adata.X).nnz == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_simulated_like_a_card():
+    adata = datasets.load("simulated:yan", verbose=False)
+    card = datasets.card("yan")
+    assert adata.shape == (card["n_cells"], card["n_genes"])
+    assert adata.uns["dataset"]["label_counts"] == card["label_counts"]
+    with pytest.raises(DataError, match="Did you mean 'pollen'"):
+        datasets.load("simulated:polen")
+
+
+def test_unknown_name_and_path(tmp_path):
+    with pytest.raises(DataError, match="'polen'.*Did you mean 'pollen'"):
+        datasets.load("polen")
+    (tmp_path / "liver.h5ad").touch()
+    with pytest.raises(DataError, match="no such file.*Did you mean 'liver.h5ad'"):
+        datasets.load(tmp_path / "livr.h5ad")
+    with pytest.raises(DataError, match="cannot be read as an .h5ad file"):
+        datasets.load(tmp_path / "liver.h5ad")
+    with pytest.raises(DataError, match="Unknown label column.*'phase'"):
+        datasets.load("pbmc68k_reduced", label_key="phases")
+
+
+def test_another_label_column():
+    adata = datasets.load("pbmc68k_reduced", label_key="phase", verbose=False)
+    assert set(adata.obs["cell_type"].cat.categories) == {"G1", "G2M", "S"}
+    assert sum(adata.uns["dataset"]["label_counts"].values()) == 700
+
+
+# --- published files ---------------------------------------------------------------
+
+# Shape, nnz, total, max, first and last cell's sum, first and last gene, first cell:
+# figures of the raw files, computed independently of this package.
+FIGURES = {
+    "pollen": (
+        *(299, 23794, 1629338, 477223488.0, 329062.0, 137410.0, 2437599.0),
+        *("A1BG-AS1", "ZZZ3", "SRP041736.SRS603484"),
+    ),
+    "yan": (
+        *(90, 20214, 990543, 49287528.0, 49957.30078125, 460069.375, 639042.125),
+        *("C9orf152", "AQP7", "Oocyte..1.RPKM."),
+    ),
+    "cbmc": (
+        *(8617, 2000, 1160796, 7817205.0, 5367.0, 17183.0, 158.0),
+        *("hvg0000", "hvg1999", "CTGTTTACACCGCTAG"),
+    ),
+    "baron_mouse": (
+        *(1886, 14878, 3094496, 9411303.0, 3656.0, 13600.0, 1591.0),
+        *("0610007P14Rik", "l7Rn6", "mouse1_lib1.final_cell_0001"),
+    ),
+    "pbmc_facs": (
+        *(3774, 16791, 2702861, 7500459.0, 135.0, 1784.0, 1640.0),
+        *("AL627309.1", "SRSF10-1", "CGTGATGATTTCAC-1-b_cells"),
+    ),
+}
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", FIGURES)
+def test_reader_against_independent_figures(name):
+    folder = real_data()
+    manifest = datasets._manifest(name)[0]
+    paths = [folder / file["path"] for file in manifest["files"]]
+    adata = readers.READERS[manifest["reader"]](paths, manifest["options"])
+    cells, genes, nnz, total, top, first, last, gene0, gene1, cell0 = FIGURES[name]
+    sums = np.asarray(adata.X.sum(1, dtype=np.float64)).ravel()
+    assert adata.shape == (cells, genes) and adata.X.nnz == nnz
+    np.testing.assert_allclose(
+        [sums.sum(), adata.X.max(), sums[0], sums[-1]], [total, top, first, last], 1e-6
+    )
+    assert adata.var_names[[0, -1]].tolist() == [gene0, gene1]
+    assert adata.obs_names[0] == cell0
+    assert adata.obs_names.is_unique and adata.var_names.is_unique
+
+
+@functools.cache
+def published(name: str) -> ad.AnnData:
+    """Load a published set once for all tests, which must not change it."""
+    return datasets.load(name, data_dir=real_data(), verbose=False)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", FIGURES)
+def test_load_published_set(name):
+    adata = published(name)
+    card = adata.uns["dataset"]
+    assert adata.X.format == "csr" and adata.X.dtype == np.float32
+    assert adata.shape == (card["n_cells"], card["n_genes"])
+    assert adata.obs["cell_type"].dtype == "category"
+    sizes = {str(k): int(v) for k, v in adata.obs["cell_type"].value_counts().items()}
+    assert sizes == card["label_counts"]
+    if name == "yan":
+        assert "counts" not in adata.layers
+        return
+    counts = adata.layers["counts"]
+    assert np.array_equal(counts.data, np.rint(counts.data))
+    library = np.asarray(counts.sum(1, dtype=np.float64)).ravel()
+    assert library.mean() == pytest.approx(card["depth"]["mean"], rel=1e-3)
+    assert library.std(ddof=1) == pytest.approx(card["depth"]["sd"], rel=1e-3)
+    back = adata.X.copy()
+    back.data = np.expm1(back.data)
+    np.testing.assert_allclose(np.asarray(back.sum(1)).ravel(), 1e4, rtol=1e-4)
+
+
+@pytest.mark.data
+def test_what_is_particular_about_each_set():
+    pollen = published("pollen")
+    assert not pollen.var_names.str.startswith("ERCC-").any()
+    yan = published("yan")
+    np.testing.assert_allclose(np.expm1(yan.X.max()), 49957.3, rtol=1e-4)
+    cbmc = published("cbmc")
+    assert not {"Mouse", "Unknown"} & set(cbmc.obs["cell_type"].cat.categories)
+    baron = published("baron_mouse")
+    sizes = baron.obs["batch"].value_counts().to_dict()
+    assert sizes == {"mouse1": 822, "mouse2": 1064}
+    facs = published("pbmc_facs")
+    assert facs.var.loc["SRSF10-1", "gene_id"] == "ENSG00000215699"
+    assert facs.obs["subpop"].value_counts()["T cell"] == 1484
+
+
+@pytest.mark.data
+def test_cbmc_labels_fit_the_rows():
+    # The two files come from different repositories: the matrix's own numeric
+    # clusters must agree with the named labels, or the order would be wrong.
+    import h5py
+
+    folder = real_data()
+    files = [f["path"] for f in datasets._manifest("cbmc")[0]["files"]]
+    with h5py.File(folder / files[0]) as file:
+        clusters = file["Y"][()]
+    options = datasets._manifest("cbmc")[0]["options"]
+    adata = readers.h5_counts_csv_labels([folder / f for f in files], options)
+    table = pd.crosstab(adata.obs["label"].to_numpy(), clusters)
+    assert table.max(axis=0).sum() > 0.9 * adata.n_obs
+    assert table.loc["Mouse"].max() == 607
+
+
+@pytest.mark.data
+def test_verify_published(tmp_path):
+    report = datasets.verify("cbmc", data_dir=real_data())
+    assert report["ok"] and [f["ok"] for f in report["files"]] == [True, True]
+    missing = datasets.verify("cbmc", data_dir=tmp_path)
+    assert not missing["ok"] and missing["files"][0]["found"] is None
+
+
+# --- readers on small files of the same layout -------------------------------------
+
+
+def toy_manifest(**changes):
+    facts = {
+        **{"name": "toy", "title": "A toy data set", "citation": "Nobody 2024"},
+        **{"doi": None, "accession": None, "licence": "CC0", "organism": "none"},
+        **{"source": "nowhere", "n_cells": 3, "n_genes": 2},
+        **{"label_counts": {"a": 2, "b": 1}, "value_scale": "counts"},
+        **{"genes_preselected": False, "depth": {"mean": None, "sd": None}},
+        "recipe": {
+            "target_sum": 10,
+            "gene_filter": {"min_cells_fraction": 0.0, "min_value": 0},
+        },
+        **{"rare_threshold": None, "tasks": ["data"], "embedded": False},
+        **{"verified": True, "notes": ""},
+        "reader": "zip_csv",
+        "options": {"annotation": 2, "batches": ["one"]},
+        "labels": {"column": "kind"},
+    }
+    content = toy_zip()
+    facts["files"] = [
+        {
+            "path": "toy/toy.zip",
+            "urls": [],
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(content),
+        }
+    ]
+    return {**facts, **changes}
+
+
+def toy_zip() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        text = "cell,kind,G1,G2\nx,a,1,3\ny,a,0,2\nz,b,4,0\n"
+        archive.writestr(zipfile.ZipInfo("toy.csv"), text)
+    return buffer.getvalue()
+
+
+def write(folder: Path, manifest: dict, content: bytes | None = None) -> Path:
+    path = folder / "toy.yml"
+    path.write_text(yaml.safe_dump(manifest))
+    if content is not None:
+        (folder / "toy").mkdir(exist_ok=True)
+        (folder / "toy" / "toy.zip").write_bytes(content)
+    return path
+
+
+def test_manifest_by_path(tmp_path, capsys):
+    adata = datasets.load(write(tmp_path, toy_manifest(), toy_zip()))
+    np.testing.assert_array_equal(
+        adata.layers["counts"].toarray(), [[1, 3], [0, 2], [4, 0]]
+    )
+    np.testing.assert_allclose(
+        adata.X.toarray(), np.log1p([[2.5, 7.5], [0, 10], [10, 0]]), rtol=1e-6
+    )
+    assert adata.obs["batch"].tolist() == ["one"] * 3
+    assert "toy: 3 cells x 2 genes, 2 types, counts" in capsys.readouterr().out
+
+
+def test_manifest_labels_renamed_and_dropped_genes(tmp_path):
+    manifest = toy_manifest(
+        labels={"column": "kind", "rename": {"a": "alpha", "b": "beta"}},
+        genes={"drop_prefix": "G1"},
+        n_genes=1,
+        n_cells=2,
+        label_counts={"alpha": 2},
+    )
+    manifest["labels"]["drop"] = ["beta"]
+    path = write(tmp_path, manifest, toy_zip())
+    with pytest.raises(DataError, match="one class only.*alpha"):
+        datasets.load(path)
+
+
+def test_muraro_layout(tmp_path, capsys):
+    folder = tmp_path / "muraro"
+    folder.mkdir()
+    # R writes no corner; names differ in dash and dot; one cell has no label.
+    table = (
+        "D28-1_1\tD28-1_2\tD29-3_1\tD30-8_9\n"
+        "INS__chr11\t1.00196\t0\t3.0\t2.0\n"
+        "GCG__chr2\t0\t6.0714\t1.0\t2.0\n"
+        "INS__chr9\t1.0\t2.0\t0\t2.0\n"
+    )
+    labels = '"x"\n"D28.1_1"\t"beta"\n"D28.1_2"\t"pp"\n"D29.3_1"\t"duct"\n'
+    files = [f["path"] for f in datasets._manifest("muraro")[0]["files"]]
+    (tmp_path / files[0]).write_bytes(gzip.compress(table.encode()))
+    (tmp_path / files[1]).write_text(labels)
+    adata = datasets.load("muraro", data_dir=tmp_path)
+    out = capsys.readouterr().out
+    assert "NOT VERIFIED" in out and "n_cells is 3, not 2126" in out
+    assert adata.var_names.tolist() == ["INS", "GCG", "INS-1"]
+    assert adata.obs["cell_type"].tolist() == ["beta", "gamma", "ductal"]
+    # Fractional molecules are not counts.
+    assert "counts" not in adata.layers
+    first = np.log1p(np.array([1.00196, 0, 1]) / 2.00196 * 1e4)
+    np.testing.assert_allclose(adata.X.toarray()[0], first, rtol=1e-5)
+    assert adata.uns["dataset"]["n_cells"] == 3
+    assert datasets.verify("muraro", data_dir=tmp_path)["ok"] is False
+
+
+def test_pbmc68k_layout(tmp_path, capsys):
+    (tmp_path / "pbmc68k").mkdir()
+    members = {
+        "matrix.mtx": "%%MatrixMarket matrix coordinate integer general\n"
+        "3 2 4\n1 1 5\n3 1 1\n2 2 7\n3 2 2\n",
+        "genes.tsv": "ENSG1\tACTB\nENSG2\tCD3E\nENSG3\tACTB\n",
+        "barcodes.tsv": "AAAC-1\nTTTG-1\n",
+    }
+    files = [f["path"] for f in datasets._manifest("pbmc68k")[0]["files"]]
+    with tarfile.open(tmp_path / files[0], "w:gz") as archive:
+        for name, text in members.items():
+            info = tarfile.TarInfo(f"filtered_matrices_mex/hg19/{name}")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+    (tmp_path / files[1]).write_text(
+        "TSNE.1\tTSNE.2\tbarcodes\tcelltype\n"
+        "1\t2\tTTTG-1\tCD56+ NK\n0\t1\tAAAC-1\tDendritic\n"
+    )
+    adata = datasets.load("pbmc68k", data_dir=tmp_path)
+    assert "NOT VERIFIED" in capsys.readouterr().out
+    np.testing.assert_array_equal(
+        adata.layers["counts"].toarray(), [[5, 0, 1], [0, 7, 2]]
+    )
+    assert adata.var_names.tolist() == ["ACTB", "CD3E", "ACTB-1"]
+    # Labels are matched by barcode, not by row.
+    assert adata.obs["cell_type"].tolist() == ["Dendritic", "CD56+ NK"]
+
+
+def test_unique_names_never_collide():
+    names = readers.unique_names(["A", "A", "A-1", "A", "B"])
+    assert len(set(names)) == 5
+    assert names[0] == "A" and names[2] == "A-1" and names[4] == "B"
+
+
+def test_truncated_unverified_file_is_a_clear_error(tmp_path):
+    (tmp_path / "muraro").mkdir()
+    files = [f["path"] for f in datasets._manifest("muraro")[0]["files"]]
+    whole = gzip.compress(os.urandom(2000).hex().encode())
+    (tmp_path / files[0]).write_bytes(whole[: len(whole) // 2])
+    (tmp_path / files[1]).write_text("x\n")
+    with pytest.raises(DataError, match="muraro cannot be read by text_table"):
+        datasets.load("muraro", data_dir=tmp_path)
+
+
+# --- manifests that do not fit -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        ({"licens": "CC0"}, "Remove or rename the field 'licens'.*Did you mean 'lic"),
+        ({"n_cells": "three"}, "at n_cells.*'three' is not of type 'integer'"),
+        ({"value_scale": "tpm"}, "at value_scale.*counts.*rpkm"),
+        ({"tasks": ["garag"]}, "at tasks.0"),
+        ({"files": [{"path": "../x", "urls": [], "sha256": None, "bytes": 1}]}, "path"),
+        ({"label_counts": {"a": 5}}, "label_counts must sum.*5.*3"),
+        ({"reader": "zip_cvs"}, "Unknown reader.*Did you mean 'zip_csv'"),
+        ({"labels": {"column": "kinds"}}, "Unknown label column.*Did you mean 'kind'"),
+    ],
+)
+def test_bad_manifest_names_the_field(tmp_path, change, pattern):
+    path = write(tmp_path, toy_manifest(**change), toy_zip())
+    with pytest.raises(ManifestError, match=pattern):
+        datasets.load(path)
+
+
+def test_manifest_without_a_field_or_checksum(tmp_path):
+    manifest = toy_manifest()
+    del manifest["licence"]
+    with pytest.raises(ManifestError, match="'licence' is a required property"):
+        datasets.load(write(tmp_path, manifest))
+    # Verified asks for a checksum.
+    manifest = toy_manifest()
+    manifest["files"][0]["sha256"] = None
+    with pytest.raises(ManifestError, match=r"files\.0\.sha256"):
+        datasets.load(write(tmp_path, manifest))
+    (tmp_path / "broken.yml").write_text("a: [1,")
+    with pytest.raises(ManifestError, match="broken.yml is not YAML"):
+        datasets.load(tmp_path / "broken.yml")
+
+
+def test_manifest_that_the_file_contradicts(tmp_path):
+    wrong = toy_manifest(label_counts={"a": 1, "b": 2})
+    with pytest.raises(DataError, match="label_counts differs.*'a': 2"):
+        datasets.load(write(tmp_path, wrong, toy_zip()))
+    bad_options = toy_manifest(options={"annotation": 2})
+    with pytest.raises(DataError, match="cannot be read by zip_csv.*batches"):
+        datasets.load(write(tmp_path, bad_options, toy_zip()))
+
+
+# --- downloads ---------------------------------------------------------------------
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serve `content`; cut the first reply of paths under /cut after half."""
+
+    content = b""
+    asked: list[tuple[str, str | None]] = []
+
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        first = not any(path == self.path for path, _ in self.asked)
+        self.asked.append((self.path, wanted))
+        if self.path.startswith("/missing"):
+            return self.send_error(404)
+        body = self.content if not self.path.startswith("/wrong") else b"wrong" * 9
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        stop = len(body) // 2 if self.path.startswith("/cut") and first else len(body)
+        self.wfile.write(body[start:stop])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    Server.content, Server.asked = toy_zip(), []
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def with_urls(*urls: str) -> dict:
+    manifest = toy_manifest()
+    manifest["files"][0]["urls"] = [*urls]
+    return manifest
+
+
+def test_download_lands_verified_and_once(tmp_path, own_cache, server):
+    path = write(tmp_path, with_urls(f"{server}/toy.zip"))
+    folder = datasets.fetch(path)
+    assert folder == own_cache / "toy"
+    assert [p.name for p in folder.iterdir()] == ["toy.zip"]
+    assert datasets.verify(path)["ok"]
+    assert datasets.load(path, verbose=False).n_obs == 3
+    assert len(Server.asked) == 1
+
+
+def test_interrupted_download_is_resumed(tmp_path, own_cache, server, monkeypatch):
+    monkeypatch.setattr(download, "_CHUNK", 16)
+    path = write(tmp_path, with_urls(f"{server}/cut/toy.zip"))
+    datasets.fetch(path)
+    # The first reply broke off half way; whole pieces of it were kept.
+    kept = len(toy_zip()) // 2 // 16 * 16
+    assert Server.asked == [
+        ("/cut/toy.zip", None),
+        ("/cut/toy.zip", f"bytes={kept}-"),
+    ]
+    assert [p.name for p in (own_cache / "toy").iterdir()] == ["toy.zip"]
+    assert (own_cache / "toy" / "toy.zip").read_bytes() == toy_zip()
+
+
+def test_second_mirror(tmp_path, server):
+    urls = [f"{server}/missing/toy.zip", f"{server}/wrong/toy.zip", f"{server}/toy.zip"]
+    path = write(tmp_path, with_urls(*urls))
+    assert datasets.load(path, verbose=False).n_obs == 3
+
+
+def test_corrupted_download_says_both_hashes(tmp_path, own_cache, server):
+    path = write(tmp_path, with_urls(f"{server}/wrong/toy.zip"))
+    expected = toy_manifest()["files"][0]["sha256"]
+    found = hashlib.sha256(b"wrong" * 9).hexdigest()
+    with pytest.raises(DownloadError) as caught:
+        datasets.load(path)
+    assert expected in str(caught.value) and found in str(caught.value)
+    assert not any((own_cache / "toy").iterdir())
+
+
+def test_corrupted_cache_is_removed_but_a_users_file_is_not(tmp_path, own_cache):
+    path = write(tmp_path, toy_manifest())
+    (own_cache / "toy").mkdir(parents=True)
+    (own_cache / "toy" / "toy.zip").write_bytes(toy_zip()[:-5])
+    found = hashlib.sha256(toy_zip()[:-5]).hexdigest()
+    with pytest.raises(DownloadError, match=f"{found}.*removed from the cache"):
+        datasets.load(path)
+    assert not (own_cache / "toy" / "toy.zip").exists()
+
+    mine = tmp_path / "mine" / "toy" / "toy.zip"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    with pytest.raises(DownloadError, match="Replace or remove it"):
+        datasets.load(path, data_dir=tmp_path / "mine")
+    assert mine.read_bytes() == b"mine"
+
+
+def test_no_network_says_what_to_do(tmp_path, own_cache, monkeypatch):
+    import requests
+
+    def refuse(*args, **kwargs):
+        raise requests.ConnectionError("no route")
+
+    monkeypatch.setattr(requests, "get", refuse)
+    with pytest.raises(DownloadError) as caught:
+        datasets.load("pollen")
+    text = str(caught.value)
+    assert "no connection" in text and "SCGENLIB_DATA_DIR/pollen/pollen.rda" in text
+    assert "simulated:pollen" in text
+    assert not [p for p in own_cache.rglob("*") if p.is_file()]
+
+
+def test_full_disk_and_unwritable_cache(tmp_path, own_cache, monkeypatch):
+    def full(url, part):
+        part.write_bytes(b"begun")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write(tmp_path, with_urls("http://127.0.0.1:1/toy.zip"))
+    monkeypatch.setattr(download, "_stream", full)
+    with pytest.raises(OutputError, match="disk is full.*SCGENLIB_DATA_DIR"):
+        datasets.load(path)
+    assert not [p for p in own_cache.rglob("*") if p.is_file()]
+    # A file where the cache folder should be: the folder cannot be made.
+    blocked = tmp_path / "blocked"
+    blocked.touch()
+    monkeypatch.setattr(datasets, "_cache_dir", lambda: blocked / "cache")
+    with pytest.raises(OutputError, match="cannot be written"):
+        datasets.load(path)
+
+
+def test_data_dir_comes_before_the_cache(tmp_path, own_cache, monkeypatch):
+    (tmp_path / "at_hand" / "toy").mkdir(parents=True)
+    (tmp_path / "at_hand" / "toy" / "toy.zip").write_bytes(toy_zip())
+    path = write(tmp_path, toy_manifest())
+    monkeypatch.setenv("SCGENLIB_DATA_DIR", str(tmp_path / "at_hand"))
+    assert datasets.load(path, verbose=False).n_obs == 3
+    assert datasets.fetch(path) == tmp_path / "at_hand" / "toy"
+    assert not own_cache.exists()
+
+
+def test_nothing_to_fetch():
+    with pytest.raises(DataError, match="Nothing to fetch"):
+        datasets.fetch("simulated")
+    assert datasets.verify("pbmc68k_reduced")["ok"]
+
+
+# --- .h5ad by path -----------------------------------------------------------------
+
+
+@pytest.fixture
+def cells():
+    adata = simulate(120, 60, rare_fraction=0.1, seed=1)
+    adata = ad.AnnData(
+        adata.layers["counts"].copy(), obs=adata.obs[["cell_type"]], var=adata.var
+    )
+    return adata
+
+
+def save(adata: ad.AnnData, folder: Path) -> Path:
+    path = folder / "mine.h5ad"
+    adata.write_h5ad(path)
+    return path
+
+
+def logged(counts):
+    from scgenlib.preprocess import normalise
+
+    return normalise(counts, 1e4)
+
+
+def test_h5ad_of_counts(cells, tmp_path, capsys):
+    adata = datasets.load(save(cells, tmp_path))
+    assert "values from X, which are counts" in capsys.readouterr().out
+    assert (adata.layers["counts"] != cells.X).nnz == 0
+    np.testing.assert_allclose(adata.X.toarray(), logged(cells.X).toarray())
+    card = adata.uns["dataset"]
+    assert card["name"] == "mine" and "garage" in card["tasks"]
+    assert card["label_counts"]["rare"] == 12
+    assert str(tmp_path) not in str(card)
+
+
+def test_h5ad_of_logs_and_raw_and_layers(cells, tmp_path, capsys):
+    counts = cells.X.copy()
+    cells.X = logged(counts)
+    adata = datasets.load(save(cells, tmp_path))
+    assert "counts" not in adata.layers
+    assert "values from X, which are log1p" in capsys.readouterr().out
+    # Scaled X with log values in raw, as many tutorials leave it.
+    cells.raw = cells.copy()
+    dense = cells.X.toarray()
+    cells.X = (dense - dense.mean(0)) / (dense.std(0) + 1e-3)
+    again = datasets.load(save(cells, tmp_path))
+    assert "values from raw.X" in capsys.readouterr().out
+    np.testing.assert_allclose(again.X.toarray(), adata.X.toarray(), rtol=1e-6)
+    # Counts win over logarithms, wherever they are.
+    cells.layers["counts"] = counts
+    best = datasets.load(save(cells, tmp_path))
+    assert "values from layers['counts']" in capsys.readouterr().out
+    assert (best.layers["counts"] != counts).nnz == 0
+
+
+def test_h5ad_of_log2(cells, tmp_path):
+    expected = logged(cells.X)
+    cells.X = expected / np.float32(np.log(2))
+    adata = datasets.load(save(cells, tmp_path), verbose=False)
+    np.testing.assert_allclose(adata.X.toarray(), expected.toarray(), rtol=1e-5)
+
+
+def test_h5ad_false_counts_layer_is_not_believed(cells, tmp_path, capsys):
+    cells.layers["counts"] = logged(cells.X)
+    cells.X = logged(cells.X)
+    adata = datasets.load(save(cells, tmp_path))
+    assert "values from X" in capsys.readouterr().out
+    assert "counts" not in adata.layers
+
+
+def test_h5ad_scaled_or_unclear_is_an_error(cells, tmp_path):
+    dense = logged(cells.X).toarray()
+    cells.X = dense - dense.mean(0)
+    with pytest.raises(DataError, match="X is scaled.*layers\\['counts'\\]"):
+        datasets.load(save(cells, tmp_path))
+    cells.X = np.random.default_rng(0).uniform(0.1, 5, cells.shape)
+    with pytest.raises(DataError, match="Cannot tell what kind.*uns\\['log1p'\\]"):
+        datasets.load(save(cells, tmp_path))
+    cells.uns["log1p"] = {}
+    assert datasets.load(save(cells, tmp_path), verbose=False).shape == cells.shape
+
+
+def test_h5ad_without_labels_is_clustered(cells, tmp_path, capsys):
+    cells.obs["group"] = cells.obs.pop("cell_type")
+    path = save(cells, tmp_path)
+    adata = datasets.load(path)
+    out = capsys.readouterr().out
+    assert "Warning" in out and "Leiden" in out and "group" in out
+    assert adata.obs["cell_type"].str.startswith("cluster ").all()
+    known = datasets.load(path, label_key="group", verbose=False)
+    assert set(known.obs["cell_type"]) == set(cells.obs["group"])
+
+
+FIRST_ROW_0 = np.r_[0, np.ones(119)][:, None]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "pattern"),
+    [
+        (lambda a: a.X.data.__setitem__(3, np.nan), "NaN or infinite"),
+        (lambda a: a.X.data.__setitem__(3, np.inf), "NaN or infinite"),
+        (lambda a: a.X.data.__setitem__(3, -4), "scaled"),
+        (lambda a: a.X.__imul__(0), "empty"),
+        (
+            lambda a: setattr(a, "var_names", ["g"] * a.n_vars),
+            "duplicate gene names.*'g'",
+        ),
+        (
+            lambda a: setattr(a, "obs_names", ["c"] * a.n_obs),
+            "duplicate cell names.*'c'",
+        ),
+        (
+            lambda a: setattr(a, "obs", a.obs.assign(cell_type="T")),
+            "one class only.*'T'",
+        ),
+        (
+            lambda a: setattr(
+                a, "obs", a.obs.assign(cell_type=[None, *a.obs["cell_type"][1:]])
+            ),
+            "1 of 120 cells",
+        ),
+        (lambda a: setattr(a, "X", a.X.multiply(FIRST_ROW_0).tocsr()), "cell001"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_h5ad_bad_input(cells, tmp_path, spoil, pattern):
+    spoil(cells)
+    with pytest.raises(DataError, match=pattern):
+        datasets.load(save(cells, tmp_path))
+
+
+def test_h5ad_label_absent(cells, tmp_path):
+    with pytest.raises(DataError, match="Did you mean 'cell_type'"):
+        datasets.load(save(cells, tmp_path), label_key="celltype")
+
+
+# --- the contract itself -----------------------------------------------------------
+
+
+def test_check_anndata(cells):
+    cells.X = logged(cells.X)
+    datasets.check_anndata(cells, label_key="cell_type")
+    with pytest.raises(DataError, match="needs raw counts.*no such layer"):
+        datasets.check_anndata(cells, need_counts=True)
+    cells.layers["counts"] = cells.X
+    with pytest.raises(DataError, match="needs raw counts.*look log1p"):
+        datasets.check_anndata(cells, need_counts=True)
+    with pytest.raises(DataError, match="120 cells x 60 genes.*at least 200 cells"):
+        datasets.check_anndata(cells, min_cells=200)
+    with pytest.raises(DataError, match="0 genes"):
+        datasets.check_anndata(cells[:, []])
+    with pytest.raises(DataError, match="not an AnnData.*ndarray"):
+        datasets.check_anndata(np.ones((3, 3)))
+
+
+def test_a_gene_may_be_empty_and_coordinates_negative(cells):
+    dense = logged(cells.X).toarray()
+    dense[:, 5] = 0
+    cells.X = sp.csr_matrix(dense)
+    datasets.check_anndata(cells)
+    points = blobs(50)
+    assert points.X.min() < 0
+    datasets.check_anndata(points, label_key="cell_type")
+    points.uns["dataset"]["value_scale"] = "counts"
+    with pytest.raises(DataError, match="negative values"):
+        datasets.check_anndata(points)
+
+
+def test_as_labels_keeps_gaps():
+    labels = as_labels(pd.Series([1, None, 2.5]))
+    assert labels.isna().tolist() == [False, True, False]
+    assert labels.cat.categories.tolist() == ["1.0", "2.5"]
