@@ -1,0 +1,269 @@
+"""The simple generators that every deep model must beat.
+
+Each takes real training cells and returns AnnData under the same contract as a
+model's `generate`: log1p values, at least 0, the same genes, `obs['cell_type']`,
+provenance in `uns['scgenlib']`. With `label` only cells of that type are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+from sklearn.neighbors import NearestNeighbors
+
+import scgenlib
+from scgenlib._matrix import fit_pca
+from scgenlib.errors import ConfigError, DataError, message, unknown
+
+__all__ = ["copy_cells", "jitter", "pc_gaussian", "shuffle_genes", "smote"]
+
+
+def copy_cells(
+    train: AnnData,
+    n: int,
+    *,
+    seed: int = 0,
+    label: str | None = None,
+    label_key: str = "cell_type",
+) -> AnnData:
+    """Return training cells unchanged: perfect in every way but being new.
+
+    Parameters
+    ----------
+    train
+        Real cells x genes with labels.
+    n
+        Cells to return; with more than there are, cells repeat.
+    seed
+        Seed of the draw.
+    label
+        Only cells of this type; None takes all.
+    label_key
+        Column of `train.obs` with the type.
+    """
+    pool, types = _pool(train, n, label, label_key)
+    rng = np.random.default_rng(seed)
+    rows = _draw(rng, pool.shape[0], n)
+    return _cells(train, pool[rows], types[rows], "copy", label_key, seed, label=label)
+
+
+def jitter(
+    train: AnnData,
+    n: int,
+    *,
+    sd: float = 0.25,
+    seed: int = 0,
+    label: str | None = None,
+    label_key: str = "cell_type",
+) -> AnnData:
+    """Return training cells with Gaussian noise on the genes that they express.
+
+    Zeros stay zero; a value that noise would make negative becomes zero.
+
+    Parameters
+    ----------
+    train, n, seed, label, label_key
+        As in `copy_cells`.
+    sd
+        Standard deviation of the noise, in log1p units; at least 0.
+    """
+    if not sd >= 0:
+        raise ConfigError(message("The noise", found=sd, allowed="at least 0"))
+    pool, types = _pool(train, n, label, label_key)
+    rng = np.random.default_rng(seed)
+    rows = _draw(rng, pool.shape[0], n)
+    values = pool[rows].copy()
+    noise = rng.normal(0, sd, len(values.data)).astype(np.float32)
+    values.data = np.maximum(values.data + noise, 0)
+    values.eliminate_zeros()
+    about = {"label": label, "sd": sd}
+    return _cells(train, values, types[rows], "jitter", label_key, seed, **about)
+
+
+def smote(
+    train: AnnData,
+    n: int,
+    k: int = 5,
+    *,
+    seed: int = 0,
+    label: str | None = None,
+    label_key: str = "cell_type",
+) -> AnnData:
+    """Return points between a cell and one of its neighbours of the same type.
+
+    x + u (x' - x) with u uniform on [0, 1] and x' one of the k nearest cells of
+    the type of x (Chawla et al., 2002). A type of fewer than k + 1 cells uses all
+    its other cells; a type of one cell is copied.
+
+    Parameters
+    ----------
+    train, n, seed, label, label_key
+        As in `copy_cells`. Without `label`, types come in the training shares.
+    k
+        Neighbours to choose from; at least 1.
+    """
+    if k < 1:
+        raise ConfigError(message("SMOTE's neighbours", found=k, allowed="at least 1"))
+    pool, types = _pool(train, n, label, label_key)
+    rng = np.random.default_rng(seed)
+    rows = _draw(rng, pool.shape[0], n)
+    mates = rows.copy()
+    for name in np.unique(types[rows]):
+        members = np.flatnonzero(types == name)
+        near = min(k, len(members) - 1)
+        if near == 0:
+            continue
+        search = NearestNeighbors(n_neighbors=near, algorithm="brute")
+        table = search.fit(pool[members]).kneighbors(return_distance=False)
+        chosen = np.flatnonzero(types[rows] == name)
+        at = np.searchsorted(members, rows[chosen])
+        mates[chosen] = members[table[at, rng.integers(near, size=len(chosen))]]
+    share = rng.random(n).astype(np.float32)
+    values = sp.diags(1 - share) @ pool[rows] + sp.diags(share) @ pool[mates]
+    about = {"label": label, "k": k}
+    return _cells(
+        train, sp.csr_matrix(values), types[rows], "SMOTE", label_key, seed, **about
+    )
+
+
+def shuffle_genes(
+    train: AnnData,
+    n: int,
+    *,
+    seed: int = 0,
+    label: str | None = None,
+    label_key: str = "cell_type",
+) -> AnnData:
+    """Draw every gene on its own: its histogram stays, all relations go.
+
+    For n equal to the number of training cells each gene is permuted over the
+    cells. The type is permuted like a gene, so it says nothing about the cell.
+
+    Parameters
+    ----------
+    train, n, seed, label, label_key
+        As in `copy_cells`.
+    """
+    pool, types = _pool(train, n, label, label_key)
+    rng = np.random.default_rng(seed)
+    columns = sp.csc_matrix(pool)
+    width = max(1, 10_000_000 // max(n, pool.shape[0]))  # genes made dense at a time
+    parts = []
+    for first in range(0, pool.shape[1], width):
+        block = columns[:, first : first + width].toarray()
+        rounds = [rng.permuted(block, axis=0) for _ in range(-(-n // len(block)))]
+        parts.append(sp.csc_matrix(np.concatenate(rounds)[:n]))
+    values = sp.hstack(parts, "csr")
+    types = types[_draw(rng, len(types), n)]
+    return _cells(train, values, types, "shuffle", label_key, seed, label=label)
+
+
+def pc_gaussian(
+    train: AnnData,
+    n: int,
+    n_pcs: int = 50,
+    *,
+    seed: int = 0,
+    label: str | None = None,
+    label_key: str = "cell_type",
+) -> AnnData:
+    """Draw from one Gaussian per type in the space of principal components.
+
+    Each Gaussian has the mean and the sample covariance of its type; draws are
+    mapped back to genes, and negative values become zero.
+
+    Parameters
+    ----------
+    train, n, seed, label, label_key
+        As in `copy_cells`. Without `label`, types come in the training shares.
+    n_pcs
+        Principal components; at most one fewer than there are cells or genes.
+    """
+    pool, types = _pool(train, n, label, label_key)
+    if n * pool.shape[1] * 4 > 1e9:
+        raise DataError(
+            message(
+                "These cells would take more than 1 GB",
+                found=n,
+                do="Draw them in several calls with different seeds.",
+            )
+        )
+    rng = np.random.default_rng(seed)
+    n_pcs = min(n_pcs, min(pool.shape) - 1)
+    if n_pcs < 1:
+        raise DataError(
+            message(
+                "A Gaussian needs two cells and two genes",
+                found=f"{pool.shape[0]} cells and {pool.shape[1]} genes",
+            )
+        )
+    pca = fit_pca(pool, n_pcs, seed)
+    scores = pca.transform(pool)
+    drawn = types[_draw(rng, len(types), n)]
+    new = np.empty((n, n_pcs))
+    for name in np.unique(drawn):
+        own, rows = scores[types == name], np.flatnonzero(drawn == name)
+        # Random weights on centred cells: exactly their sample covariance.
+        weights = rng.normal(size=(len(rows), len(own))) / np.sqrt(max(len(own) - 1, 1))
+        new[rows] = own.mean(0) + weights @ (own - own.mean(0))
+    values = np.maximum(pca.inverse_transform(new), 0).astype(np.float32)
+    about = {"label": label, "n_pcs": n_pcs}
+    return _cells(train, values, drawn, "PC-Gaussian", label_key, seed, **about)
+
+
+def _pool(
+    train: AnnData, n: int, label: str | None, label_key: str
+) -> tuple[sp.csr_matrix, np.ndarray]:
+    """Return the values and types of the cells that may be used."""
+    if n < 1:
+        raise ConfigError(message("Cells to generate", found=n, allowed="at least 1"))
+    if label_key not in train.obs:
+        raise unknown("label column", label_key, train.obs.columns, error=DataError)
+    types = train.obs[label_key].astype(str).to_numpy()
+    rows = np.arange(train.n_obs) if label is None else np.flatnonzero(types == label)
+    if len(rows) == 0:
+        raise unknown("cell type", label, sorted(set(types)), error=DataError)
+    values = sp.csr_matrix(train.X[rows], dtype=np.float32)
+    if len(values.data) and values.data.min() < 0:
+        raise DataError(
+            message(
+                "The baselines need log1p values",
+                found=f"a value of {values.data.min():.3g}",
+                allowed="at least 0",
+            )
+        )
+    return values, types[rows]
+
+
+def _draw(rng: np.random.Generator, size: int, n: int) -> np.ndarray:
+    """Draw n of `size` positions; none repeats before all are used."""
+    rounds = [rng.permutation(size) for _ in range(-(-n // size))]
+    return np.concatenate(rounds)[:n]
+
+
+def _cells(
+    train: AnnData,
+    values: np.ndarray | sp.csr_matrix,
+    types: np.ndarray,
+    method: str,
+    label_key: str,
+    seed: int,
+    **config: Any,
+) -> AnnData:
+    names = [f"{method}-{i}" for i in range(len(types))]
+    categories = sorted(train.obs[label_key].astype(str).unique())
+    obs = pd.DataFrame(index=names)
+    obs[label_key] = pd.Categorical(types, categories=categories)
+    cells = AnnData(values, obs=obs, var=pd.DataFrame(index=train.var_names))
+    cells.uns["scgenlib"] = {
+        "method": f"baseline: {method}",
+        "config": {key: value for key, value in config.items() if value is not None},
+        "seed": seed,
+        "version": scgenlib.__version__,
+        "n_train": train.n_obs,
+    }
+    return cells

@@ -1,0 +1,171 @@
+"""What published code does where it differs from its description or from this package.
+
+Each function is one difference, small enough to read, and names where it was seen:
+repository, commit, file. Chapters show the effect; the methods stay free of it.
+
+The paths below are those of RitwikGanguly/GARAGE.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor, nn
+
+from scgenlib.garage import seed_count
+from scgenlib.nets import mlp
+
+__all__ = [
+    "Discriminator",
+    "degree_scores",
+    "edge_index_scores",
+    "generated_sizes",
+    "lowest_fano_genes",
+    "misaligned_scores",
+    "rare_utility_sizes",
+]
+
+
+def _self_links_last(edge_index: Tensor, n_cells: int) -> Tensor:
+    """Return the links in the order in which GATConv of torch_geometric keeps them."""
+    others = edge_index[:, edge_index[0] != edge_index[1]]
+    cells = torch.arange(n_cells, device=edge_index.device)
+    return torch.cat([others, cells.expand(2, -1)], dim=1)
+
+
+def _mean_where(values: Tensor, edge_index: Tensor, n_cells: int) -> Tensor:
+    """Mean of `values` over the positions at which a cell is in the upper row."""
+    cell = edge_index[0]
+    total = torch.zeros(n_cells, dtype=torch.float64, device=cell.device)
+    total.index_add_(0, cell, values.double())
+    return total / torch.bincount(cell, minlength=n_cells).clamp_min(1)
+
+
+def edge_index_scores(edge_index: Tensor, n_cells: int) -> Tensor:
+    """Score cells as the main script does: by cell numbers, not by attention.
+
+    GATConv returns (output, (links, attention)). The script takes the first part of
+    the pair, so it averages the numbers of linked cells; and it looks them up with
+    the positions of the original links, while GATConv has moved self-links to the
+    end. The result does not depend on any weight of the network. With k links per
+    cell, a cell i from (k - 1) n / k on scores exactly k i - (k - 1) n + (k - 1) / 2.
+
+    Commits e58732f, f56180c and c00b333: data_generation/garage.py.
+
+    Parameters
+    ----------
+    edge_index
+        From `garage.knn_graph`, shape (2, n_links).
+    n_cells
+        Number of cells.
+
+    Returns
+    -------
+    torch.Tensor
+        float64, shape (n_cells,).
+    """
+    links = _self_links_last(edge_index, n_cells)
+    return _mean_where(links.double().mean(0), edge_index, n_cells)
+
+
+def misaligned_scores(edge_index: Tensor, alpha: Tensor, n_cells: int) -> Tensor:
+    """Score cells by attention looked up at the positions of the original links.
+
+    The attention is the right one, but in GATConv's order, with self-links last. So
+    a cell is given attention that belongs to other cells.
+
+    Commit c00b333: biological_analysis/rare_cell_utility.py.
+
+    Parameters
+    ----------
+    edge_index
+        From `garage.knn_graph`, shape (2, n_links).
+    alpha
+        From `garage.GAT.attention`, shape (n_links, 1).
+    n_cells
+        Number of cells.
+    """
+    return _mean_where(alpha.reshape(-1), edge_index, n_cells)
+
+
+def degree_scores(edge_index: Tensor, n_cells: int) -> Tensor:
+    """Score cells by the graph alone: what attention gives if it is uniform.
+
+    Each cell gives one over its number of incoming links to each of them; a cell's
+    score is the mean of what it receives. A reference for `garage.attention_scores`.
+    """
+    listeners = torch.bincount(edge_index[1], minlength=n_cells).clamp_min(1)
+    return _mean_where(1 / listeners[edge_index[1]].double(), edge_index, n_cells)
+
+
+class Discriminator(nn.Module):
+    """The discriminator of the code: one more linear layer, as wide as the genes.
+
+    No activation stands between that layer and the last one, so the two together can
+    express what one linear layer can. The documentation has genes -> 512 -> 256 -> 1.
+
+    Commit f56180c: data_generation/garage.py.
+    """
+
+    def __init__(self, n_genes: int, hidden: tuple[int, ...] = (512, 256)) -> None:
+        super().__init__()
+        unit = nn.LeakyReLU
+        self.body = mlp([n_genes, *hidden], lambda: unit(0.2), output=lambda: unit(0.2))
+        self.extra = nn.Linear(hidden[-1], n_genes)
+        self.last = nn.Linear(n_genes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return one logit per cell, shape (n_cells, 1)."""
+        return self.last(self.extra(self.body(x)))
+
+
+def lowest_fano_genes(X: Any, n_genes: int = 100) -> np.ndarray:
+    """Return the genes of *lowest* variance over mean, lowest first.
+
+    The documentation describes the highest.
+
+    Commit c00b333: data_validation/feature_selection.py.
+
+    Parameters
+    ----------
+    X
+        Shape (n_cells, n_genes), dense or sparse.
+    n_genes
+        How many.
+    """
+    X = sparse.csr_matrix(X, dtype=np.float64)
+    mean = np.asarray(X.mean(axis=0)).ravel()
+    variance = np.asarray(X.multiply(X).mean(axis=0)).ravel() - mean**2
+    return np.argsort(variance / (mean + 1e-12), kind="stable")[:n_genes]
+
+
+def generated_sizes(n_cells: int) -> list[int]:
+    """Return the sizes of the six generated files: 25 % to 150 % of the real cells.
+
+    Commit f56180c: data_generation/garage.py.
+    """
+    return [int(share * n_cells) for share in np.arange(0.25, 1.75, 0.25)]
+
+
+def rare_utility_sizes(n_cells: int, n_rare: int) -> dict[str, int]:
+    """Return the sizes of the published rare-cell experiment.
+
+    Half of the rare and half of the other cells are held out, each half rounded
+    down; the synthetic cells are ten times the rare training cells.
+
+    Commit c00b333: biological_analysis/rare_cell_utility.py.
+    """
+    n_others = n_cells - n_rare
+    rare_test = max(1, n_rare // 2)
+    rare_train = n_rare - rare_test
+    n_train = rare_train + n_others - max(1, n_others // 2)
+    return {
+        "rare_train": rare_train,
+        "rare_test": rare_test,
+        "n_train": n_train,
+        "n_seeds": seed_count(n_train, 0.2),
+        "n_generated": 10 * rare_train,
+    }

@@ -1,0 +1,36 @@
+"""Threads and data for all tests; set before numpy or torch is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(_name, "2")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+
+# Tests and the kernels they start run in other folders.
+if os.environ.get("SCGENLIB_DATA_DIR"):
+    os.environ["SCGENLIB_DATA_DIR"] = str(
+        Path(os.environ["SCGENLIB_DATA_DIR"]).expanduser().resolve()
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `data`, and say why, where the files are not at hand."""
+    folder = os.environ.get("SCGENLIB_DATA_DIR")
+    if folder and Path(folder).is_dir():
+        return
+    reason = "needs the published files: set SCGENLIB_DATA_DIR to their folder"
+    for item in items:
+        if item.get_closest_marker("data"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """Return the root of the repository."""
+    return Path(__file__).resolve().parent.parent

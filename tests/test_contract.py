@@ -1,0 +1,263 @@
+"""One suite that every estimator must pass."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+from scipy import sparse
+
+import scgenlib
+from scgenlib import errors, simulate, training
+from scgenlib.estimator import Config, Estimator, data_hash
+
+
+@dataclass
+class Case:
+    """An estimator, and one call of each of its verbs that returns cells."""
+
+    name: str
+    verbs: dict[str, Callable[[Any, AnnData], Any]]
+
+    @property
+    def cls(self) -> type[Estimator]:
+        return getattr(scgenlib, self.name)
+
+    def make(self, seed: int = 0) -> Estimator:
+        return self.cls(self.cls.config_class.profile("tiny"), seed=seed, device="cpu")
+
+
+CASES = [
+    Case(
+        "GARAGE",
+        {
+            "generate": lambda model, adata: model.generate(25, seed=3),
+            "select_seeds": lambda model, adata: model.select_seeds(),
+        },
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def cells() -> AnnData:
+    return simulate.simulate(n_cells=150, n_genes=60, seed=2)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def case(request) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def fitted(case, cells) -> Estimator:
+    return case.make().fit(cells)
+
+
+def state(model: Estimator) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model._state_tensors().items()}
+
+
+def assert_same_state(a: Estimator, b: Estimator) -> None:
+    one, two = state(a), state(b)
+    assert one.keys() == two.keys()
+    assert [k for k in one if not torch.equal(one[k], two[k])] == []
+
+
+def values(result: Any) -> np.ndarray:
+    if isinstance(result, AnnData):
+        X = result.X
+        return X.toarray() if sparse.issparse(X) else np.asarray(X)
+    if isinstance(result, pd.DataFrame):
+        return result.select_dtypes("number").to_numpy()
+    return np.asarray(result)
+
+
+def test_making_an_estimator_does_no_work(case):
+    made = case.make(seed=7)
+    assert made.seed == 7 and not hasattr(made, "modules_")
+    assert "not fitted" in repr(made)
+    with pytest.raises(errors.ModelFileError, match="not fitted"):
+        made.save("never")
+    for verb, call in case.verbs.items():
+        with pytest.raises(errors.ModelFileError, match="not fitted"):
+            call(made, None)
+        assert verb in case.cls.tasks
+
+
+def test_every_task_is_a_verb_with_a_call_here(case):
+    assert case.cls.tasks == set(case.verbs)
+    for verb in case.cls.tasks:
+        assert callable(getattr(case.cls, verb))
+
+
+def test_every_profile_and_every_field_is_documented(case):
+    config: type[Config] = case.cls.config_class
+    assert set(config.PROFILES) == {"tiny", "book", "paper"}
+    assert config.PROFILES["paper"] == {}
+    table = config.table()
+    assert (table["doc"].str.len() >= 10).all()
+
+
+def test_fit_returns_itself_and_changes_nothing(case, cells):
+    before, layers = data_hash(cells), set(cells.layers)
+    rng = torch.get_rng_state()
+    model = case.make()
+    assert model.fit(cells) is model
+    assert data_hash(cells) == before and set(cells.layers) == layers
+    assert "scgenlib" not in cells.uns
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_fit_twice_is_fit_once(case, cells, fitted):
+    model = case.make().fit(cells[:100].copy())
+    assert_same_state(model.fit(cells), fitted)
+
+
+def test_same_seed_repeats_and_another_differs(case, cells, fitted):
+    assert_same_state(case.make().fit(cells), fitted)
+    other = state(case.make(seed=1).fit(cells))
+    mine = state(fitted)
+    assert any(
+        not torch.equal(mine[k], other[k])
+        for k in mine
+        if k in other and mine[k].shape == other[k].shape
+    )
+
+
+def test_dense_and_sparse_input_agree(case, cells, fitted):
+    dense = cells.copy()
+    dense.X = cells.X.toarray()
+    model = case.make().fit(dense)
+    for verb, call in case.verbs.items():
+        np.testing.assert_allclose(
+            values(call(model, dense)),
+            values(call(fitted, cells)),
+            atol=1e-5,
+            err_msg=verb,
+        )
+
+
+def test_history_is_tidy_and_finite(fitted):
+    table = fitted.history_
+    assert list(table.columns) == ["step", "phase", "term", "value"]
+    assert len(table) and np.isfinite(table["value"]).all()
+
+
+def test_verbs_repeat_and_outputs_are_cells(case, cells, fitted):
+    for verb, call in case.verbs.items():
+        one, two = call(fitted, cells), call(fitted, cells)
+        np.testing.assert_array_equal(values(one), values(two), err_msg=verb)
+        if isinstance(one, AnnData):
+            assert list(one.var_names) == fitted.genes_
+            assert one.obs_names.is_unique
+            assert np.isfinite(values(one)).all()
+            about = one.uns["scgenlib"]
+            assert about["method"] == case.cls.method
+            assert about["config_hash"] == fitted.config.hash()
+            assert about["data_hash"] == fitted.data_hash_
+
+
+def test_outputs_can_be_written_as_h5ad(case, cells, fitted, tmp_path):
+    import anndata
+
+    for verb, call in case.verbs.items():
+        result = call(fitted, cells)
+        if isinstance(result, AnnData):
+            result.write_h5ad(tmp_path / f"{verb}.h5ad")
+            again = anndata.read_h5ad(tmp_path / f"{verb}.h5ad")
+            np.testing.assert_array_equal(values(again), values(result))
+
+
+def test_save_and_load_give_the_same_answers(case, cells, fitted, tmp_path):
+    fitted.save(tmp_path / "run")
+    again = case.cls.load(tmp_path / "run", device="cpu")
+    assert_same_state(again, fitted)
+    for verb, call in case.verbs.items():
+        np.testing.assert_array_equal(
+            values(call(again, cells)), values(call(fitted, cells)), err_msg=verb
+        )
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_fit_goes_on_to_the_same_numbers(case, cells, fitted, tmp_path):
+    sizes = fitted.history_.groupby("phase", sort=False)["step"].max()
+    for number, (phase, last) in enumerate(sizes.items()):
+        folder = tmp_path / str(number)
+        options = {"checkpoint_dir": folder, "checkpoint_every": 3, "resume": True}
+
+        def kill(event: training.Event, phase=phase, at=int(last * 0.7)) -> None:
+            if event.phase == phase and event.step == at:
+                raise Killed
+
+        with pytest.raises(Killed):
+            case.make().fit(cells, callbacks=[kill], **options)
+        assert_same_state(case.make().fit(cells, **options), fitted)
+
+
+def broken(cells: AnnData, **change: Any) -> AnnData:
+    out = cells.copy()
+    X = out.X.toarray()
+    if "value" in change:
+        X[3, 5] = change["value"]
+    if "empty_cell" in change:
+        X[7] = 0
+    out.X = sparse.csr_matrix(X)
+    if "names" in change:
+        out.var_names = [change["names"]] * 2 + list(out.var_names[2:])
+    if "one_class" in change:
+        out.obs["cell_type"] = pd.Categorical(["only"] * out.n_obs)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"value": np.nan}, ["NaN"]),
+        ({"value": np.inf}, ["inf"]),
+        ({"value": -1.0}, ["negative"]),
+        ({"empty_cell": True}, ["cell"]),
+        ({"names": "ACTB"}, ["ACTB"]),
+        ({"one_class": True}, ["only"]),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_cells_are_named(case, cells, change, words):
+    with pytest.raises(errors.DataError) as caught:
+        case.make().fit(broken(cells, **change))
+    for word in words:
+        assert word.lower() in str(caught.value).lower()
+
+
+def test_bad_labels_and_devices_are_named(case, cells):
+    with pytest.raises(errors.DataError, match="cell_typ.*'cell_type'"):
+        case.make().fit(cells, label_key="cell_typ")
+    made = case.cls(case.cls.config_class.profile("tiny"), device="cuda:7")
+    with pytest.raises(errors.DeviceError, match="cuda:7"):
+        made.fit(cells)
+    with pytest.raises(errors.ConfigError, match="config"):
+        case.cls(config={"epochs": 3})
+    with pytest.raises(errors.ConfigError, match="seed"):
+        case.cls(seed=-1)
+
+
+def test_importing_the_package_stays_light():
+    heavy = "('scanpy', 'umap', 'torch_geometric')"
+    code = (
+        "import sys, scgenlib, scgenlib.garage, scgenlib.datasets, scgenlib.metrics;"
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
