@@ -67,7 +67,8 @@ results: .venv/.installed-results ## the recorded runs (CHAPTER=, DATASET=, CORE
 test: .venv/.installed ## unit tests, then every notebook against its stored outputs
 	@status=0; \
 	echo "== Unit tests"; \
-	$(BIN)/python -m pytest tests || status=1; \
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -n 2 --dist loadfile tests || status=1; \
 	echo "== Notebooks"; \
 	$(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env \
 	    --nbval-cell-timeout 300 -o timeout=600 book || status=1; \

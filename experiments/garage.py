@@ -24,8 +24,10 @@ writes garage-<dataset>-paper.json alone: the published sizes, for a GPU.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,6 +86,13 @@ def fit(train: AnnData, config: GARAGEConfig, seed: int, device: str) -> GARAGE:
     return GARAGE(config, seed=seed, device=device).fit(train, callbacks=[look])
 
 
+def distance_curve(model: GARAGE) -> dict[str, Any]:
+    """Return the logged distances of a fit, and whether they have become flat."""
+    log = model.history_
+    curve = log.loc[log["term"] == "swd", "value"].round(4).tolist()
+    return {"converged": training.is_flat(log, "swd", "gan"), "distance_curve": curve}
+
+
 def score(cells: AnnData, train: AnnData, test: AnnData) -> dict[str, float]:
     """Return the measures of generated (or other) cells against held-out cells."""
     genes = list(cells.var_names)
@@ -97,8 +106,7 @@ def score(cells: AnnData, train: AnnData, test: AnnData) -> dict[str, float]:
         "w1_train": metrics.wasserstein(made, seen),
         "coverage": quality["coverage"],
         "density": quality["density"],
-        "copy_ratio": near["ratio"],
-        "copy_ratio_reference": near["reference_ratio"],
+        "duplicates": near["duplicates"],
         "membership_auc": near["membership_auc"],
         "types_made": int(cells.obs["cell_type"].astype(str).nunique()),
     }
@@ -147,30 +155,30 @@ def islands(points: np.ndarray, centres: np.ndarray, share: float = 0.02) -> int
     return int((counts >= share * len(points)).sum())
 
 
-def toy(n_seeds: int, device: str) -> list[dict[str, Any]]:
+TOY = GARAGEConfig(
+    gat_epochs=30,
+    gan_total_iters=1000,
+    batch_size=128,
+    generator_hidden=(16,),
+    discriminator_hidden=(64, 64),
+    hidden_slope=0.2,
+    g_lr=1e-3,
+    d_lr=1e-3,
+    output_activation="linear",
+    scaling="none",
+)
+
+
+def toy(adata: AnnData, n_seeds: int, device: str) -> list[dict[str, Any]]:
     """Return how many of six islands a GAN populates, by width and leak fraction."""
     rows = []
     for seed, width, leak in itertools.product(
         range(n_seeds), (16, 128), (0.0, 0.2, 0.5)
     ):
-        points = simulate.blobs(1000, seed=seed)
-        points.X = points.X.toarray() + 6
-        config = GARAGEConfig(
-            gat_epochs=30,
-            gan_total_iters=1000,
-            batch_size=128,
-            generator_hidden=(width,),
-            discriminator_hidden=(64, 64),
-            hidden_slope=0.2,
-            g_lr=1e-3,
-            d_lr=1e-3,
-            output_activation="linear",
-            scaling="none",
-            leakage_fraction=leak,
-        )
-        model = GARAGE(config, seed=seed, device=device).fit(points)
+        config = TOY.replace(generator_hidden=(width,), leakage_fraction=leak)
+        model = GARAGE(config, seed=seed, device=device).fit(adata)
         made = model.generate(1000, seed=1).X.toarray()
-        found = islands(made, points.uns["centres"] + 6)
+        found = islands(made, adata.uns["centres"] + 6)
         rows.append(
             {"seed": seed, "width": width, "leakage_fraction": leak, "islands": found}
         )
@@ -193,6 +201,7 @@ def form_row(
     return {
         "seed": seed,
         "form": form,
+        "config_hash": model.config.hash(),
         "spread": spread(cells) / spread(real),
         "fit_seconds": round(model.fit_seconds_, 1),
         **score(cells, train, test),
@@ -205,29 +214,35 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--profile", default="book", choices=GARAGEConfig.PROFILES)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--leaks", type=float, nargs="*", default=LEAKS)
+    parser.add_argument("--rules", nargs="*", default=RULES, help="beside attention")
+    parser.add_argument("--only-contest", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results-dir", default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     begun = time.perf_counter()
+    config = GARAGEConfig.profile(args.profile)
     if args.dataset == "blobs":
-        adata = simulate.blobs(1000)
-        tables = {"toy": toy(args.seeds, args.device)}
+        adata, config = simulate.blobs(1000), TOY
+        adata.X = adata.X.toarray() + 6
+        tables = {"toy": toy(adata, args.seeds, args.device)}
     else:
         adata = datasets.load(args.dataset)
         run = full_size if args.profile == "paper" else experiments
-        tables = run(adata, GARAGEConfig.profile(args.profile), args)
+        tables = run(adata, config, args)
     for name, rows in tables.items():
         path = records.record_path("garage", args.dataset, name, args.results_dir)
         records.write_record(
             path,
             rows,
-            GARAGEConfig.profile(args.profile),
+            config,
             device=training.resolve_device(args.device),
             seconds=time.perf_counter() - begun,
             data_hash=data_hash(adata),
             modules=["garage", "published", "metrics", "baselines", "datasets"],
+            script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
             profile=args.profile,
             n_seeds=args.seeds,
             threads=args.threads,
@@ -246,8 +261,11 @@ def full_size(
         train, test = preprocess.split(adata, seed=seed)
         model = fit(train, config, seed, args.device)
         row = form_row("paper profile", model, train, test, seed)
-        row["converged"] = training.is_flat(model.history_, "swd", "gan")
-        rows.append(row | {"n_parameters": sum(model.n_parameters().values())})
+        rows.append(
+            row
+            | distance_curve(model)
+            | {"n_parameters": sum(model.n_parameters().values())}
+        )
     return {"paper": rows}
 
 
@@ -258,11 +276,14 @@ def experiments(
     tables: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("seeds", "dial", "contest", "forms")
     }
-    settings = [(leak, "attention") for leak in LEAKS]
-    settings += [(config.leakage_fraction, rule) for rule in RULES]
+    settings = [(leak, "attention") for leak in args.leaks]
+    settings += [(config.leakage_fraction, rule) for rule in args.rules]
+    if args.only_contest:
+        settings = [(config.leakage_fraction, "attention")]
     for seed in range(args.seeds):
         train, test = preprocess.split(adata, seed=seed)
-        tables["seeds"] += seed_rules(train, config, seed, args.device)
+        if not args.only_contest:
+            tables["seeds"] += seed_rules(train, config, seed, args.device)
         for leak, rule in settings:
             one = config.replace(leakage_fraction=leak, seed_rule=rule)
             model = fit(train, one, seed, args.device)
@@ -274,15 +295,18 @@ def experiments(
                 "leakage_fraction": leak,
                 "seed_rule": rule,
                 "rare_share": rare_share(cells.obs["cell_type"], rare),
-                "converged": training.is_flat(model.history_, "swd", "gan"),
+                **distance_curve(model),
                 "fit_seconds": round(model.fit_seconds_, 1),
                 **score(cells, train, test),
             }
-            tables["dial"].append(row)
+            if not args.only_contest:
+                tables["dial"].append(row)
             print(args.dataset, row, flush=True)
             if leak == config.leakage_fraction and rule == "attention":
                 tables["contest"] += rare_contest(model, train, test, seed)
                 usual = form_row("book", model, train, test, seed)
+        if args.only_contest:
+            continue
         tables["dial"] += controls(train, test, model.genes_, rare, seed)
         # The published form takes all cells in each batch: small data only.
         if train.n_obs * len(model.genes_) <= 5e5:
@@ -327,28 +351,36 @@ def control(
 def rare_contest(
     model: GARAGE, train: AnnData, test: AnnData, seed: int
 ) -> list[dict[str, Any]]:
-    """Return recall, precision and F1 of the rarest type for every arm.
+    """Return recall, precision and F1 of each rare type for every arm.
 
-    GARAGE adds the cells that its own classifier names as the rare type, among
-    ten times as many as are wanted; it may find fewer than it was asked for, and
-    the column `added` says how many.
+    Each arm is asked for ten new cells per training cell of the type. GARAGE has
+    two arms: the cells that its classifier names as the type, and the cells grown
+    from seeds of the type, which take their seed's label. Both may find none; the
+    column `added` says how many.
     """
     counts = train.obs["cell_type"].value_counts()
     held_out = test.obs["cell_type"].value_counts()
-    # The rarest type with enough cells on both sides to be scored at all.
-    scored = [t for t in counts.index if counts[t] >= 3 and held_out.get(t, 0) >= 2]
-    rare = min(scored, key=lambda t: (counts[t], t))
     genes = model.genes_
     a, b = train[:, genes].copy(), test[:, genes].copy()
-    arms = metrics.rare_arms(a, rare, seed=seed)
-    wanted = 10 * int(counts[rare])
-    pool = model.generate(max(10 * wanted, a.n_obs), seed=seed + 1)
-    found = pool[pool.obs["cell_type"].astype(str) == rare][:wanted].copy()
-    arms["GARAGE"] = found if found.n_obs else None
-    table = metrics.rare_utility(a, b, rare, arms, seed=seed)
-    table["seed"], table["rare_type"] = seed, rare
-    table["n_train_rare"] = int(counts[rare])
-    return table.to_dict("records")
+    usual = model.generate(10 * a.n_obs, seed=seed + 1)
+    grown = model.generate(10 * a.n_obs, seed=seed + 1, seed_share=1.0)
+    origin = train.obs["cell_type"].astype(str)[grown.obs["seed_cell"]].to_numpy()
+    rows = []
+    for rare in model.facts_["rare_types"]:
+        if counts.get(rare, 0) < 3 or held_out.get(rare, 0) < 2:
+            continue
+        wanted = 10 * int(counts[rare])
+        arms = metrics.rare_arms(a, rare, seed=seed)
+        named = usual[usual.obs["cell_type"].astype(str) == rare][:wanted].copy()
+        anchored = grown[origin == rare][:wanted].copy()
+        anchored.obs["cell_type"] = rare
+        arms["GARAGE, named rare"] = named if named.n_obs else None
+        arms["GARAGE, grown from rare"] = anchored if anchored.n_obs else None
+        table = metrics.rare_utility(a, b, rare, arms, seed=seed)
+        table["seed"], table["rare_type"] = seed, rare
+        table["n_train_rare"] = int(counts[rare])
+        rows += table.to_dict("records")
+    return rows
 
 
 if __name__ == "__main__":

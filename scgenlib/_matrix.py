@@ -193,18 +193,26 @@ def fit_pca(matrix: Matrix, n_pcs: int, seed: int) -> PCA:
     return PCA(n_pcs, svd_solver="randomized", random_state=seed).fit(dense(matrix))
 
 
-def moments(matrix: Matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per-gene mean, variance (divisor n) and fraction of zeros, in float64."""
+def mean_variance(matrix: Matrix, *, ddof: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Per-gene mean and variance (divisor n - ddof), in float64."""
     n = matrix.shape[0]
     if sp.issparse(matrix):
-        mean = np.asarray(matrix.sum(0, dtype=np.float64)).ravel() / n
-        square = np.asarray(matrix.power(2).sum(0, dtype=np.float64)).ravel() / n
-        present = np.bincount(
-            matrix.indices[matrix.data != 0], minlength=matrix.shape[1]
-        )
-        return mean, np.maximum(square - mean**2, 0.0), 1 - present / n
-    mean = matrix.mean(0, dtype=np.float64)
-    return mean, matrix.var(0, dtype=np.float64), (matrix == 0).mean(0)
+        matrix = sp.csr_matrix(matrix)
+        # bincount sums in float64 without a second copy of the matrix.
+        values, at = matrix.data.astype(np.float64), matrix.indices
+        total = np.bincount(at, weights=values, minlength=matrix.shape[1])
+        square = np.bincount(at, weights=values**2, minlength=matrix.shape[1])
+    else:
+        total = matrix.sum(axis=0, dtype=np.float64)
+        square = np.einsum("ij,ij->j", matrix, matrix, dtype=np.float64)
+    mean = total / n
+    return mean, np.maximum(square - n * mean**2, 0.0) / max(n - ddof, 1)
+
+
+def moments(matrix: Matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per-gene mean, variance (divisor n) and fraction of zeros, in float64."""
+    seen = np.asarray((matrix != 0).sum(axis=0)).ravel()
+    return *mean_variance(matrix), 1 - seen / matrix.shape[0]
 
 
 def _square_norms(matrix: Matrix) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 Each takes real training cells and returns AnnData under the same contract as a
 model's `generate`: log1p values, at least 0, the same genes, `obs['cell_type']`,
-provenance in `uns['scgenlib']`. With `label` only cells of that type are used.
+provenance in `uns['scgenlib']` under a model's keys. With `label` only cells of
+that type are used.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -254,6 +256,8 @@ def _cells(
     seed: int,
     **config: Any,
 ) -> AnnData:
+    from scgenlib.estimator import data_hash  # brings torch, which is slow to load
+
     names = [f"{method}-{i}" for i in range(len(types))]
     categories = sorted(train.obs[label_key].astype(str).unique())
     obs = pd.DataFrame(index=names)
@@ -261,9 +265,10 @@ def _cells(
     cells = AnnData(values, obs=obs, var=pd.DataFrame(index=train.var_names))
     cells.uns["scgenlib"] = {
         "method": f"baseline: {method}",
-        "config": {key: value for key, value in config.items() if value is not None},
+        "scgenlib": scgenlib.__version__,
+        "config": json.dumps(config),
         "seed": seed,
-        "version": scgenlib.__version__,
-        "n_train": train.n_obs,
+        "data_hash": data_hash(train),
+        "n_training_cells": train.n_obs,
     }
     return cells

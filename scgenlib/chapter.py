@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import difflib
 import os
-import random
 import sys
 import tempfile
 import time
@@ -22,20 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from scgenlib.contract import card_of
 from scgenlib.errors import ConfigError, DataError, OutputError, message, unknown
 from scgenlib.records import (
     Record,
     code_hash,
-    imported_modules,
-    notebook_hash,
     peak_memory_mb,
-    record_path,
     recorded,
     results_root,
     versions,
-    write_record,
 )
 
 if TYPE_CHECKING:
@@ -43,20 +37,13 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = [
-    "PROFILES",
-    "Record",
     "Run",
+    "check_dataset",
     "claim",
-    "code_hash",
-    "imported_modules",
-    "notebook_hash",
-    "peak_memory_mb",
-    "record_path",
+    "read_parameters",
     "recorded",
     "run_card",
     "start",
-    "versions",
-    "write_record",
 ]
 
 PROFILES = ("tiny", "book", "paper")
@@ -167,23 +154,14 @@ def start(
     from scgenlib import training
 
     t0 = time.perf_counter()
-    values = _read_parameters(namespace)
-    profile = values.get("profile", "book")
-    if profile not in PROFILES:
-        raise unknown("profile", profile, PROFILES)
-    seed = values.get("seed", 0)
-    if seed < 0:
-        raise ConfigError(
-            message("Parameter 'seed' is negative", found=seed, allowed="0, 1, 2, ...")
-        )
+    values = read_parameters(namespace)
+    profile, seed = values.get("profile", "book"), values.get("seed", 0)
     device = training.resolve_device(values.get("device", "auto"))
     dataset = values.get("dataset")
     if dataset is not None:
-        _check_dataset(dataset, chapter if task is None else task)
+        check_dataset(dataset, chapter if task is None else task)
     results_dir = _results_dir(values.get("results_dir"))
 
-    random.seed(seed)
-    np.random.seed(seed)
     training.set_seed(seed)
     torch.set_num_threads(threads)
     threadpool_limits(threads)
@@ -203,7 +181,7 @@ def start(
         from scgenlib import datasets
 
         adata = datasets.load(dataset)
-        card = dict(adata.uns["dataset"])
+        card = card_of(adata)
         if dataset != written_for:
             print(
                 f"The text was written for {written_for!r}; on {dataset!r} the "
@@ -212,8 +190,19 @@ def start(
     return Run(chapter, adata, dataset, profile, seed, device, results_dir, card, t0)
 
 
-def _read_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the declared parameters, cast by their hints; refuse other names."""
+def read_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the declared parameters, cast by their hints and checked.
+
+    Parameters
+    ----------
+    namespace
+        Values by name; `__annotations__` has the hints of the declared ones.
+
+    Raises
+    ------
+    ConfigError
+        Unknown name, value of the wrong type, unknown profile, negative seed.
+    """
     hints = dict(namespace.get("__annotations__", {}))
     declared = [name for name in hints if name in namespace]
     if not declared:
@@ -236,10 +225,17 @@ def _read_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
                     do=f"Correct the name (in a live session, `del {name}` first).",
                 )
     scope = dict(namespace)
-    return {
+    values = {
         name: _cast(name, namespace[name], _resolve_hint(hints[name], scope))
         for name in declared
     }
+    if values.get("profile", "book") not in PROFILES:
+        raise unknown("profile", values["profile"], PROFILES)
+    if (seed := values.get("seed", 0)) < 0:
+        raise ConfigError(
+            message("Parameter 'seed' is negative", found=seed, allowed="0, 1, 2, ...")
+        )
+    return values
 
 
 def _resolve_hint(hint: Any, scope: dict[str, Any]) -> Any:
@@ -319,8 +315,8 @@ def _refuse(value: Any) -> typing.NoReturn:
     raise ValueError(value)
 
 
-def _check_dataset(dataset: str, task: str) -> None:
-    """Raise unless `dataset` can be loaded and serves `task`."""
+def check_dataset(dataset: str, task: str) -> None:
+    """Raise a DataError unless `dataset` can be loaded and serves `task`."""
     from scgenlib import datasets
 
     if dataset.endswith(".h5ad") or dataset.startswith("simulated:"):
@@ -360,8 +356,8 @@ def _check_dataset(dataset: str, task: str) -> None:
 
 
 def _results_dir(value: str | os.PathLike[str] | None) -> Path:
-    """Return the folder of recorded runs; create a given one and try it."""
-    if value is None:
+    """Return the folder of recorded runs (the book's own for None or empty)."""
+    if not value:
         return results_root()
     folder = Path(value).expanduser().absolute()
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
-import inspect
 import os
 import re
 import sys
@@ -114,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how many cells, in all or of each type",
     )
     make.add_argument("-o", "--output", type=Path, required=True, help="an .h5ad file")
-    make.add_argument("--seed", type=int, default=0)
+    make.add_argument("--seed", type=int, help="the model's own by default")
     make.add_argument("--device", default="auto")
     make.set_defaults(command=_generate)
     return parser
@@ -168,23 +167,18 @@ def _check_parameters(chapter: Path, given: dict[str, str]) -> dict[str, Any]:
 
     The chapter would refuse them as well, but only after a kernel has started.
     """
-    from scgenlib import chapter as checks
-    from scgenlib import training
+    from scgenlib.chapter import check_dataset, read_parameters
+    from scgenlib.training import resolve_device
 
     namespace, task = _declared(chapter)
     declared = list(namespace["__annotations__"])
     for name in given:
         if name not in declared:
             raise unknown("parameter", name, declared)
-    values = checks._read_parameters({**namespace, **given})
-    if values.get("profile", "book") not in checks.PROFILES:
-        raise unknown("profile", values["profile"], checks.PROFILES)
-    if values.get("seed", 0) < 0:
-        raise ConfigError(message("Parameter 'seed' is negative", found=values["seed"]))
-    if "device" in values:
-        training.resolve_device(values["device"])
+    values = read_parameters({**namespace, **given})
+    resolve_device(values.get("device", "auto"))
     if values.get("dataset") is not None:
-        checks._check_dataset(values["dataset"], task)
+        check_dataset(values["dataset"], task)
     return values
 
 
@@ -353,8 +347,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         )
     _make_folder(output.parent)
     model_class = _model_class(arguments.model)
-    first = list(inspect.signature(model_class.generate).parameters.values())[1]
-    if isinstance(cells, dict) and "Mapping" not in str(first.annotation):
+    # A method that can draw cells of a given type says so on its class.
+    if isinstance(cells, dict) and not model_class.by_type:
         raise ConfigError(
             message(
                 f"{model_class.__name__} cannot be asked for cells of one type",

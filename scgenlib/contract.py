@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import anndata as ad
@@ -12,7 +13,18 @@ import scipy.sparse as sp
 from scgenlib.errors import DataError, message, unknown
 from scgenlib.preprocess import value_scale
 
-__all__ = ["as_labels", "check_anndata"]
+__all__ = ["as_labels", "card_of", "check_anndata", "check_shape"]
+
+# What tells our card from anything else that a file may keep in its place.
+_ON_EVERY_CARD = {"name", "value_scale", "recipe", "n_cells"}
+_IN_A_FILE = "; of a file: read_h5ad before, write_h5ad after it"
+
+
+def card_of(adata: ad.AnnData) -> dict[str, Any]:
+    """Return the card in `uns["dataset"]`, or {} if what is there is not a card."""
+    found = adata.uns.get("dataset")
+    is_card = isinstance(found, Mapping) and set(found) >= _ON_EVERY_CARD
+    return dict(found) if is_card else {}
 
 
 def as_labels(column: pd.Series) -> pd.Series:
@@ -33,8 +45,8 @@ def check_anndata(
     Parameters
     ----------
     adata
-        Cells x genes. Negative values are allowed only for coordinates (the card's
-        value scale). A gene without expression is allowed, a cell is not.
+        Cells x genes, X log1p-normalised unless the card calls it coordinates. A
+        gene without expression is allowed, a cell is not.
     label_key
         Column that must exist, be complete and have two or more classes. None: not
         checked.
@@ -48,6 +60,22 @@ def check_anndata(
     DataError
         Naming what was found, what is allowed and what to do.
     """
+    check_shape(adata, min_cells)
+    X = adata.X
+    if X is None:
+        raise DataError(message("X is empty", allowed="a matrix of cells x genes"))
+    is_expression = card_of(adata).get("value_scale") != "coordinates"
+    _check_values(X, adata.obs_names, is_expression)
+    if is_expression:
+        _check_scale(X)
+    if need_counts:
+        _check_counts(adata)
+    if label_key is not None:
+        _check_labels(adata.obs, label_key)
+
+
+def check_shape(adata: ad.AnnData, min_cells: int = 2) -> None:
+    """Check type, size and names: the part of `check_anndata` that reads no values."""
     if not isinstance(adata, ad.AnnData):
         raise DataError(
             message(
@@ -65,29 +93,15 @@ def check_anndata(
                 allowed=f"at least {max(min_cells, 1)} cells and 1 gene",
             )
         )
-    _check_names(adata)
-    if adata.X is None:
-        raise DataError(message("X is empty", allowed="a matrix of cells x genes"))
-    is_expression = adata.uns.get("dataset", {}).get("value_scale", "") != "coordinates"
-    _check_values(adata.X, adata.obs_names, is_expression)
-    if need_counts:
-        _check_counts(adata)
-    if label_key is not None:
-        _check_labels(adata.obs, label_key)
-
-
-def _check_names(adata: ad.AnnData) -> None:
-    for axis, index in (("cell", adata.obs_names), ("gene", adata.var_names)):
+    for axis, index in (("obs", adata.obs_names), ("var", adata.var_names)):
         if not index.is_unique:
             twice = index[index.duplicated()].unique()
             raise DataError(
                 message(
-                    f"There are duplicate {axis} names",
+                    f"There are duplicate {'cell' if axis == 'obs' else 'gene'} names",
                     found=f"{len(twice)} names more than once, such as {twice[0]!r}",
                     allowed="unique names",
-                    do="Call adata.obs_names_make_unique()."
-                    if axis == "cell"
-                    else "Call adata.var_names_make_unique().",
+                    do=f"Call adata.{axis}_names_make_unique(){_IN_A_FILE}.",
                 )
             )
 
@@ -123,9 +137,29 @@ def _check_values(X: Any, cells: pd.Index, is_expression: bool) -> None:
                 "Some cells have no expression at all",
                 found=f"{len(empty)} of {X.shape[0]} cells: {shown}{more}",
                 allowed="at least one value above 0 in each cell",
-                do="Drop them: adata = adata[adata.X.sum(axis=1) > 0].copy()",
+                do="Drop them: adata = adata[adata.X.sum(axis=1) > 0].copy()"
+                f"{_IN_A_FILE}.",
             )
         )
+
+
+def _check_scale(X: Any) -> None:
+    """Refuse what is certainly not logarithms; the benefit of doubt goes to X."""
+    scale = value_scale(X, log1p_mark=True)
+    if scale not in ("counts", "normalised"):
+        return
+    do = "Use scgenlib.preprocess.normalise(adata.X) as X"
+    if scale == "counts":
+        do += " and keep the counts in adata.layers['counts']"
+    found = "raw counts" if scale == "counts" else "normalised, without the logarithm"
+    raise DataError(
+        message(
+            "X does not hold logarithms",
+            found=found,
+            allowed="log1p-normalised expression",
+            do=do + ".",
+        )
+    )
 
 
 def _check_counts(adata: ad.AnnData) -> None:
@@ -155,7 +189,8 @@ def _check_labels(obs: pd.DataFrame, label_key: str) -> None:
                 f"Some cells have no label in {label_key!r}",
                 found=f"{int(labels.isna().sum())} of {len(labels)} cells",
                 allowed="one label per cell",
-                do=f"Drop them: adata = adata[adata.obs[{label_key!r}].notna()].copy()",
+                do=f"Drop them: adata = adata[adata.obs[{label_key!r}].notna()].copy()"
+                f"{_IN_A_FILE}.",
             )
         )
     if labels.nunique() < 2:

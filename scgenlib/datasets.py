@@ -146,6 +146,12 @@ def _manifest(name: str | Path) -> tuple[dict[str, Any], Path | None]:
     return known[str(name)], None
 
 
+def _plain(name: str | Path) -> tuple[str, bool]:
+    """Return a name without 'simulated:', and whether that stood before it."""
+    text = str(name)
+    return text.removeprefix("simulated:"), text.startswith("simulated:")
+
+
 def _existing(path: Path) -> Path:
     if path.is_file():
         return path
@@ -188,12 +194,11 @@ def card(name: str | Path) -> dict[str, Any]:
     DataError
         If there is no such data set.
     """
-    text = str(name)
-    simulated = text.startswith("simulated:")
-    facts = _card_of(_manifest(text.removeprefix("simulated:"))[0])
+    inner, simulated = _plain(name)
+    facts = _card_of(_manifest(inner)[0])
     if simulated:
         facts |= {
-            "name": text,
+            "name": str(name),
             "title": f"Simulated cells at the size of {facts['name']}; none is real",
             "source": "scgenlib.simulate",
             "citation": "simulated by scgenlib",
@@ -303,12 +308,12 @@ def fetch(name: str, *, data_dir: str | Path | None = None) -> Path:
     DataError
         If the data set is unknown, or has no files because it is simulated.
     """
-    manifest, beside = _manifest(name)
-    if not manifest["files"]:
+    inner, simulated = _plain(name)
+    manifest, beside = _manifest(inner)
+    if simulated or not manifest["files"]:
         raise DataError(
             message(
-                f"{name} has no files",
-                found=f"reader {manifest['reader']}",
+                f"{name} is simulated and has no files",
                 do=f"Nothing to fetch: load({name!r}) draws the cells.",
             )
         )
@@ -319,7 +324,7 @@ def fetch(name: str, *, data_dir: str | Path | None = None) -> Path:
 def verify(name: str, *, data_dir: str | Path | None = None) -> dict[str, Any]:
     """Say whether the files of a data set are here and are the right ones.
 
-    Nothing is downloaded.
+    Nothing is downloaded. Simulated cells have no files, and nothing to be wrong.
 
     Returns
     -------
@@ -328,9 +333,10 @@ def verify(name: str, *, data_dir: str | Path | None = None) -> dict[str, Any]:
         "verified", whether the manifest has checksums at all; "files", a list with
         "path", "found" (where, or None), "sha256", "expected" and "ok" for each.
     """
-    manifest, beside = _manifest(name)
+    inner, simulated = _plain(name)
+    manifest, beside = _manifest(inner)
     files = []
-    for file in manifest["files"]:
+    for file in [] if simulated else manifest["files"]:
         path = _find(file, data_dir, beside)
         actual = _sha256(path) if path else None
         expected = _allowed_hashes(file)
@@ -344,9 +350,9 @@ def verify(name: str, *, data_dir: str | Path | None = None) -> dict[str, Any]:
             }
         )
     return {
-        "name": manifest["name"],
+        "name": str(name) if simulated else manifest["name"],
         "ok": all(file["ok"] for file in files),
-        "verified": manifest["verified"],
+        "verified": simulated or manifest["verified"],
         "files": files,
     }
 
@@ -393,16 +399,16 @@ def load(
     """
     from scgenlib.simulate import simulate, simulate_like
 
-    text = str(name)
-    if text.endswith(".h5ad"):
+    inner, simulated = _plain(name)
+    if inner.endswith(".h5ad") and not simulated:
         from scgenlib.h5ad import load_h5ad
 
-        adata = load_h5ad(_existing(Path(text)), label_key, verbose)
+        adata = load_h5ad(_existing(Path(inner)), label_key, verbose)
         adata.uns["dataset"]["tasks"] = sorted(
             {task for m in _manifests().values() for task in m["tasks"]}
         )
-    elif text.startswith("simulated:"):
-        adata = simulate_like(card(text.removeprefix("simulated:")))
+    elif simulated:
+        adata = simulate_like(card(inner))
         _use_label(adata, label_key)
     else:
         manifest, beside = _manifest(name)

@@ -13,6 +13,7 @@ __all__ = [
     "DownloadError",
     "ManifestError",
     "ModelFileError",
+    "NotFittedError",
     "OutputError",
     "ScgenError",
     "message",
@@ -43,6 +44,10 @@ class DownloadError(DataError):
 
 class ModelFileError(ScgenError):
     """A saved model that cannot be read as the model asked for."""
+
+
+class NotFittedError(ScgenError):
+    """A verb was called on a model that has not been fitted."""
 
 
 class DeviceError(ScgenError):

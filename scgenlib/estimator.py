@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,14 @@ from torch import nn
 
 import scgenlib
 from scgenlib import training
-from scgenlib.errors import ConfigError, ModelFileError, OutputError, message, unknown
+from scgenlib.errors import (
+    ConfigError,
+    ModelFileError,
+    NotFittedError,
+    OutputError,
+    message,
+    unknown,
+)
 from scgenlib.nets import count_parameters
 
 __all__ = ["Config", "Estimator", "data_hash", "option"]
@@ -64,8 +72,9 @@ def option(
 class Config:
     """Base of every configuration: checked when made, never changed after.
 
-    The fields' defaults are the published values. `PROFILES` says what the
-    profiles ``tiny`` (tests), ``book`` (chapters) and ``paper`` change.
+    The fields' defaults are the ``paper`` profile: the published sizes and rates,
+    less what a method's own docstring says it departs from. `PROFILES` says what
+    ``tiny`` (tests) and ``book`` (chapters) change.
     """
 
     PROFILES: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
@@ -136,11 +145,14 @@ def _cast(name: str, value: Any, hint: Any) -> Any:
         return None
     for kind in kinds:
         origin = typing.get_origin(kind) or kind
+        inner = typing.get_args(kind)
         if origin is typing.Literal:
-            return value
+            if value in inner:
+                return value
+            raise unknown(f"value of {name}", value, inner)
         if origin is tuple and isinstance(value, list | tuple):
-            item = typing.get_args(kind)[0]
-            return tuple(_cast(name, part, item) for part in value)
+            if Ellipsis in inner or len(value) == len(inner):
+                return tuple(_cast(name, part, inner[0]) for part in value)
         if origin is float and isinstance(value, int | float | np.number):
             if not isinstance(value, bool) and np.isfinite(value):
                 return float(value)
@@ -186,15 +198,25 @@ def _check_range(name: str, value: Any, about: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------- estimator
 
 
-def data_hash(adata: AnnData) -> str:
-    """Return 16 hexadecimal digits that name the values and names of a data set."""
+def data_hash(adata: AnnData, columns: Iterable[str] = ()) -> str:
+    """Return 16 hexadecimal digits that name a data set.
+
+    Equal cells have equal hashes, sparse or dense: values of X and of
+    ``layers["counts"]`` as float32, names, and the given columns of ``obs``.
+    """
     digest = hashlib.blake2b(digest_size=8)
-    X = adata.X
-    parts = (X.data, X.indices, X.indptr) if sparse.issparse(X) else (np.asarray(X),)
-    for part in parts:
-        digest.update(np.ascontiguousarray(part).data)
-    for names in (adata.obs_names, adata.var_names):
-        digest.update("\n".join(map(str, names)).encode())
+    counts = [adata.layers["counts"]] if "counts" in adata.layers else []
+    for values in (adata.X, *counts):
+        X = sparse.csr_matrix(values, dtype=np.float32)
+        if not X.has_canonical_format or (X.data == 0).any():
+            X = X.copy()
+            X.sum_duplicates()
+            X.eliminate_zeros()
+        for part in (X.data, X.indices.astype(np.int64), X.indptr.astype(np.int64)):
+            digest.update(np.ascontiguousarray(part).data)
+    names: list[Iterable[Any]] = [adata.obs_names, adata.var_names]
+    for texts in (*names, *(adata.obs[column] for column in columns)):
+        digest.update("\n".join(map(str, texts)).encode())
     return digest.hexdigest()
 
 
@@ -223,6 +245,9 @@ class Estimator:
     file_format: ClassVar[int] = 1
     genes_: list[str]
     labels_: list[str]
+    label_key_: str | None
+    #: Whether `generate` takes a number of cells for each type.
+    by_type: ClassVar[bool] = False
     #: Whether `fit` needs ``layers["counts"]``.
     needs_counts: ClassVar[bool] = False
 
@@ -238,10 +263,11 @@ class Estimator:
                     allowed=self.config_class.__name__,
                 )
             )
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+        if not whole or seed < 0:
             raise ConfigError(message("seed must be a whole number from 0", found=seed))
         self.config = config
-        self.seed = seed
+        self.seed = int(seed)
         self.device = device
 
     # ----- what a method fills in
@@ -257,6 +283,9 @@ class Estimator:
     def _phases(self) -> list[training.Phase]:
         """Return the parts of the training, in order."""
         raise NotImplementedError
+
+    def _release(self) -> None:
+        """Drop what only training needed, such as the training cells."""
 
     # ----- fit
 
@@ -298,7 +327,7 @@ class Estimator:
         DataError
             The data break the contract; the message says where.
         """
-        from scgenlib.datasets import check_anndata
+        from scgenlib.contract import check_anndata
 
         check_anndata(adata, label_key=label_key, need_counts=self.needs_counts)
         if checkpoint_every < 1:
@@ -306,24 +335,32 @@ class Estimator:
                 message("checkpoint_every must be at least 1", found=checkpoint_every)
             )
         device = training.resolve_device(self.device)
+        cuda = [device] if device.type == "cuda" else []
         # The caller's own random state is left as it was.
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(self.seed)
             self._reset(device)
+            self.label_key_ = label_key
             self.genes_ = [str(name) for name in adata.var_names]
             if label_key is not None:
                 self.labels_ = sorted(map(str, adata.obs[label_key].unique()))
             self.n_cells_ = adata.n_obs
-            self.data_hash_ = data_hash(adata)
+            keys = [label_key or "", "batch", "perturbation"]
+            self.data_hash_ = data_hash(adata, [k for k in keys if k in adata.obs])
+            begun = time.perf_counter()
             self._prepare(adata, label_key)
+            self.fit_seconds_ = time.perf_counter() - begun
             for module in self.modules_.values():
                 module.to(device).train()
             path = None
             if checkpoint_dir is not None:
                 path = Path(checkpoint_dir) / "checkpoint.safetensors"
-            training.run_phases(
-                self, self._phases(), callbacks, path, checkpoint_every, resume
-            )
+            try:
+                training.run_phases(
+                    self, self._phases(), callbacks, path, checkpoint_every, resume
+                )
+            finally:
+                self._release()
         for module in self.modules_.values():
             module.eval()
         self.is_fitted_ = True
@@ -340,6 +377,7 @@ class Estimator:
         self.facts_: dict[str, Any] = {}
         self.n_cells_ = 0
         self.data_hash_ = ""
+        self.label_key_ = None
         self.fit_seconds_ = 0.0
         self.is_fitted_ = False
         self._history = training.History()
@@ -348,7 +386,7 @@ class Estimator:
 
     def _check_fitted(self) -> None:
         if not getattr(self, "is_fitted_", False):
-            raise ModelFileError(
+            raise NotFittedError(
                 message(
                     f"This {type(self).__name__} is not fitted yet",
                     do="Call fit(adata) first, or load a saved model.",
@@ -404,10 +442,7 @@ class Estimator:
         """
         self._check_fitted()
         folder = Path(folder)
-        if folder.exists() and not (
-            folder.is_dir()
-            and ((folder / "config.json").exists() or not any(folder.iterdir()))
-        ):
+        if folder.exists() and not _is_ours(folder):
             raise OutputError(
                 message(
                     "The place to save to holds something else",
@@ -440,6 +475,7 @@ class Estimator:
                 "facts": self.facts_,
                 "genes": self.genes_,
                 "labels": self.labels_,
+                "label_key": self.label_key_,
                 "n_cells": self.n_cells_,
                 "fit_seconds": round(self.fit_seconds_, 3),
                 "fit_device": str(self.device_),
@@ -450,8 +486,6 @@ class Estimator:
                 os.replace(folder, earlier)
             os.replace(part, folder)
         except OSError as error:
-            if earlier.exists() and not folder.exists():
-                os.replace(earlier, folder)
             raise OutputError(
                 message(
                     "The model could not be saved",
@@ -460,6 +494,9 @@ class Estimator:
                 )
             ) from error
         finally:
+            # Also after Ctrl-C: the earlier model goes only when the new one is there.
+            if earlier.exists() and not folder.exists():
+                os.replace(earlier, folder)
             shutil.rmtree(part, ignore_errors=True)
             shutil.rmtree(earlier, ignore_errors=True)
         return folder
@@ -514,6 +551,7 @@ class Estimator:
         model._reset(training.resolve_device(device))
         model.sizes_, model.facts_ = about["sizes"], about["facts"]
         model.genes_, model.labels_ = about["genes"], about["labels"]
+        model.label_key_ = about["label_key"]
         model.n_cells_, model.data_hash_ = about["n_cells"], about["data"]
         model.fit_seconds_ = about["fit_seconds"]
         model._build()
@@ -552,6 +590,21 @@ class Estimator:
             return head + ", not fitted)"
         nets = ", ".join(f"{k} {v:,}" for k, v in self.n_parameters().items())
         return f"{head}, {self.n_cells_} cells x {len(self.genes_)} genes; {nets})"
+
+
+def _is_ours(folder: Path) -> bool:
+    """Say whether a folder is empty or holds a saved model and nothing else."""
+    if not folder.is_dir():
+        return False
+    files = {"config.json", "history.csv", "model.safetensors"}
+    names = {path.name for path in folder.iterdir()}
+    if not names:
+        return True
+    try:
+        read_about(folder)
+    except ModelFileError:
+        return False
+    return names <= files
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:

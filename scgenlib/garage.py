@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scgenlib.contract import card_of
 from scgenlib.errors import ConfigError, DataError, message, unknown
 from scgenlib.estimator import Config, Estimator, option
 from scgenlib.graph import GAT, attention_scores, gat_input, knn_graph
@@ -52,7 +54,12 @@ _DENSE_BYTES = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class GARAGEConfig(Config):
-    """Every setting of GARAGE, under its published name where there is one."""
+    """Every setting of GARAGE, under its published name where there is one.
+
+    Three settings depart from the documented GAN, in ``paper`` too, because that GAN
+    collapses: `output_activation` (documented: sigmoid), `hidden_slope` (0) and
+    `adam_beta1` (0.9). No source states `scaling`. See `documented`, `published`.
+    """
 
     PROFILES: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {
@@ -429,15 +436,14 @@ class GARAGE(Estimator):
         if n_genes is not None:
             few = n_genes >= adata.n_vars
             return adata if few else adata[:, select_genes(adata, n_genes)]
-        recipe = adata.uns.get("dataset", {}).get("recipe") or {}
-        rule = recipe.get("gene_filter")
+        rule = (card_of(adata).get("recipe") or {}).get("gene_filter")
         return adata[:, filter_genes(adata, **rule)] if rule else adata
 
     def _rare_threshold(self, adata: AnnData) -> int | None:
         """Return the threshold; the card's is scaled to the share of cells given."""
         if self.config.rare_threshold is not None:
             return self.config.rare_threshold
-        card = adata.uns.get("dataset", {})
+        card = card_of(adata)
         threshold, n_cells = card.get("rare_threshold"), card.get("n_cells")
         if threshold is None or not n_cells:
             return None
@@ -460,9 +466,14 @@ class GARAGE(Estimator):
 
     def _fit_labels(self, codes: np.ndarray) -> None:
         """Fit the classifier that names generated cells, on real training cells."""
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
-        model = LogisticRegression(C=0.1, max_iter=200, tol=1e-3).fit(self._X, codes)
+        with warnings.catch_warnings():
+            # 200 steps settle the labels, if not the last digits of the weights.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model = LogisticRegression(C=0.1, max_iter=200, tol=1e-3)
+            model.fit(self._X, codes)
         weight, bias = model.coef_, model.intercept_
         if len(weight) == 1:  # two types: scikit-learn keeps one row
             weight, bias = np.vstack([-weight, weight]) / 2, np.append(-bias, bias) / 2
@@ -482,7 +493,7 @@ class GARAGE(Estimator):
     def _phases(self) -> list[Phase]:
         c = self.config
         gat = (c.gat_epochs, self._gat_step, self._begin_gat, self._end_gat)
-        gan = (c.gan_total_iters, self._gan_step, self._begin_gan, self._end_gan)
+        gan = (c.gan_total_iters, self._gan_step, self._begin_gan)
         phases = [Phase("gat", *gat), Phase("gan", *gan)]
         return phases if self.sizes_["has_gat"] else phases[1:]
 
@@ -507,11 +518,9 @@ class GARAGE(Estimator):
         n_cells = self.n_cells_
         with torch.no_grad():
             gat = cast(GAT, self.modules_["gat"])
-            links, alpha = gat.attention(*self._gat_input)
-        scores = attention_scores(links, alpha, n_cells).cpu()
+            scores = attention_scores(*gat.attention(*self._gat_input), n_cells)
         n_seeds = seed_count(n_cells, self.config.leakage_fraction)
         self._keep_seeds(choose_seeds(n_seeds, n_cells, scores=scores), scores)
-        del self._gat_input
 
     def _begin_gan(self) -> None:
         c = self.config
@@ -529,9 +538,10 @@ class GARAGE(Estimator):
         if c.batch_size is None:
             self._whole = _dense(self._real, self.device_, "Set batch_size, say to 64.")
 
-    def _end_gan(self) -> None:
+    def _release(self) -> None:
         # A fitted model keeps its seed cells and no other cell.
-        del self._X, self._real, self._whole
+        for name in ("_X", "_real", "_whole", "_seeds", "_codes", "_gat_input"):
+            self.__dict__.pop(name, None)
 
     def _scaled_seeds(self) -> Tensor:
         scaled = self.arrays_["seed_rows"] / self.arrays_["scale"]
@@ -627,11 +637,10 @@ class GARAGE(Estimator):
         Returns
         -------
         AnnData
-            X: CSR float32 on the scale of the training data. ``obs``: cell_type and
-            label_confidence (a classifier trained on the real training cells),
-            from_seed, and seed_cell (its name, empty for noise). Negative values are
-            set to 0 if the training data has none; ``uns["scgenlib"]`` has their
-            share as clipped_share.
+            X: CSR float32 on the scale of the training data. ``obs``: the fitted
+            label column and label_confidence (a classifier trained on real cells),
+            from_seed and seed_cell (empty for noise). Values below 0 become 0 if the
+            training data has none; ``uns["scgenlib"]`` has their clipped_share.
 
         Raises
         ------
@@ -674,7 +683,7 @@ class GARAGE(Estimator):
         names = [self.facts_["cells"][i] for i in self.arrays_["seeds"]]
         return pd.DataFrame(
             {
-                "cell_type": pd.Categorical(labels[code.numpy()], self.labels_),
+                self.label_key_: pd.Categorical(labels[code.numpy()], self.labels_),
                 "label_confidence": confidence.numpy(),
                 "from_seed": origin >= 0,
                 "seed_cell": [names[i] if i >= 0 else "" for i in origin],

@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from scgenlib.errors import DataError, message
+from scgenlib.errors import ConfigError, DataError, message
 from scgenlib.training import minibatch
 
 __all__ = ["GAT", "attention_scores", "gat_input", "knn_graph"]
@@ -168,6 +168,14 @@ def gat_input(
     if 4 * X.shape[0] * X.shape[1] <= dense_bytes:
         # Dense products were faster at each density measured, 8 to 33 %.
         return minibatch(X, slice(None), device)
+    if torch.device(device).type == "mps":
+        raise ConfigError(
+            message(
+                "This device has no sparse products, and the cells are too many",
+                found=X.shape,
+                do="Lower n_genes or use device 'cpu'.",
+            )
+        )
     start, column, value = map(torch.from_numpy, (X.indptr, X.indices, X.data))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its CSR tensors a beta
@@ -196,8 +204,10 @@ def attention_scores(links: Tensor, alpha: Tensor, n_cells: int) -> Tensor:
     Returns
     -------
     torch.Tensor
-        float64, shape (n_cells,).
+        float64, shape (n_cells,), on the CPU.
     """
+    # Not every device has double precision, or sums in a fixed order.
+    links, alpha = links.cpu(), alpha.cpu()
     weight = alpha.double().reshape(links.shape[1], -1).sum(1)
     total = weight.new_zeros(n_cells).index_add_(0, links[0], weight)
     return total / torch.bincount(links[0], minlength=n_cells).clamp_min(1)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scgenlib.contract import as_labels, check_anndata
+from scgenlib.contract import as_labels, check_anndata, check_shape
 from scgenlib.errors import DataError, message, unknown
 from scgenlib.preprocess import normalise, select_genes, value_scale
 
@@ -89,7 +89,7 @@ def load_h5ad(path: Path, label_key: str | None, verbose: bool) -> ad.AnnData:
     label_key
         Column of cell types. None: "cell_type", or Leiden clusters without it.
     verbose
-        Say which matrix was used and where the labels come from.
+        Say which matrix was used. That labels had to be made is always said.
 
     Returns
     -------
@@ -115,13 +115,7 @@ def load_h5ad(path: Path, label_key: str | None, verbose: bool) -> ad.AnnData:
                 do="It may be truncated: compare its size with the original's.",
             )
         ) from error
-    names_only = ad.AnnData(
-        sp.csr_matrix(stored.shape, dtype=np.float32),
-        obs=stored.obs[[]],
-        var=stored.var[[]],
-        uns={"dataset": {"value_scale": "coordinates"}},
-    )
-    check_anndata(names_only)
+    check_shape(stored)
     if label_key is not None and label_key not in stored.obs:
         raise unknown("label column", label_key, stored.obs.columns, error=DataError)
 
@@ -134,11 +128,12 @@ def load_h5ad(path: Path, label_key: str | None, verbose: bool) -> ad.AnnData:
         adata.X = sp.csr_matrix(values, dtype=np.float32)
         if scale == "log2":
             adata.X *= np.float32(np.log(2.0))
-    say = print if verbose else lambda text: None
-    say(f"{path.name}: values from {where}, which are {scale}")
+    if verbose:
+        print(f"{path.name}: values from {where}, which are {scale}")
 
     label_key = label_key or "cell_type"
-    if label_key in stored.obs:
+    is_labelled = label_key in stored.obs
+    if is_labelled:
         labels = stored.obs[label_key]
     else:
         check_anndata(adata)
@@ -150,7 +145,7 @@ def load_h5ad(path: Path, label_key: str | None, verbose: bool) -> ad.AnnData:
             and 2 <= stored.obs[name].nunique() <= 100
         ]
         hint = f" or name one of {', '.join(others)}" if others else ""
-        say(
+        print(
             f"Warning: {path.name} has no column 'cell_type'; Leiden clusters stand in"
             f" for cell types. Pass label_key{hint} to use known labels."
         )
@@ -177,6 +172,7 @@ def load_h5ad(path: Path, label_key: str | None, verbose: bool) -> ad.AnnData:
         "n_cells": adata.n_obs,
         "n_genes": adata.n_vars,
         "label_counts": {str(k): int(v) for k, v in sizes.items()},
+        "labels": "given" if is_labelled else "leiden clusters of all cells",
         "value_scale": scale,
         "genes_preselected": False,
         "depth": depth,

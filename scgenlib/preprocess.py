@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scgenlib._matrix import mean_variance
 from scgenlib.errors import ConfigError, DataError, message, unknown
 
 __all__ = [
-    "dense_rows",
     "filter_genes",
     "normalise",
     "rare_types",
@@ -238,22 +238,6 @@ def filter_genes(
     return np.asarray(seen >= min_cells_fraction * adata.n_obs)
 
 
-def _gene_mean_var(X: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and sample variance of each column in float64."""
-    n = X.shape[0]
-    if sp.issparse(X):
-        X = sp.csr_matrix(X)
-        # bincount sums in float64 without a second copy of the matrix.
-        data = X.data.astype(np.float64)
-        total = np.bincount(X.indices, weights=data, minlength=X.shape[1])
-        square = np.bincount(X.indices, weights=data**2, minlength=X.shape[1])
-    else:
-        total = X.sum(axis=0, dtype=np.float64)
-        square = np.einsum("ij,ij->j", X, X, dtype=np.float64)
-    mean = total / n
-    return mean, np.maximum(square - n * mean**2, 0.0) / max(n - 1, 1)
-
-
 def select_genes(adata: ad.AnnData, n_genes: int, n_bins: int = 20) -> np.ndarray:
     """Choose highly variable genes: more dispersed than genes of similar mean.
 
@@ -286,7 +270,7 @@ def select_genes(adata: ad.AnnData, n_genes: int, n_bins: int = 20) -> np.ndarra
         raise ConfigError(
             message("n_genes is out of range", found=n_genes, allowed="1 or more")
         )
-    mean, var = _gene_mean_var(adata.X)
+    mean, var = mean_variance(adata.X, ddof=1)
     varies = np.flatnonzero((mean > 0) & (var > 1e-12))
     if not len(varies):
         raise DataError(
@@ -421,11 +405,3 @@ def rare_types(
             )
         )
     return [str(name) for name in sizes.index[rare]]
-
-
-def dense_rows(X: Any, idx: Any) -> np.ndarray:
-    """Return the rows `idx` of a dense or sparse matrix as dense float32."""
-    rows = X[idx]
-    if sp.issparse(rows):
-        rows = rows.toarray()
-    return np.ascontiguousarray(rows, dtype=np.float32)

@@ -38,9 +38,9 @@ def _self_links_last(edge_index: Tensor, n_cells: int) -> Tensor:
 
 def _mean_where(values: Tensor, edge_index: Tensor, n_cells: int) -> Tensor:
     """Mean of `values` over the positions at which a cell is in the upper row."""
-    cell = edge_index[0]
-    total = torch.zeros(n_cells, dtype=torch.float64, device=cell.device)
-    total.index_add_(0, cell, values.double())
+    cell = edge_index[0].cpu()
+    total = torch.zeros(n_cells, dtype=torch.float64)
+    total.index_add_(0, cell, values.cpu().double())
     return total / torch.bincount(cell, minlength=n_cells).clamp_min(1)
 
 

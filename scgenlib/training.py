@@ -11,8 +11,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,14 @@ from safetensors.torch import save_file
 from scipy import sparse
 from torch import nn
 
-from scgenlib.errors import DeviceError, ModelFileError, OutputError, message, unknown
+from scgenlib.errors import (
+    ConfigError,
+    DeviceError,
+    ModelFileError,
+    OutputError,
+    message,
+    unknown,
+)
 
 if TYPE_CHECKING:
     from scgenlib.estimator import Estimator
@@ -43,7 +49,6 @@ __all__ = [
     "resolve_device",
     "set_seed",
     "tensorboard",
-    "threads",
 ]
 
 Terms = Mapping[str, "float | torch.Tensor"]
@@ -97,21 +102,6 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    """Run a block with `n` torch threads.
-
-    Sums are added in another order at another thread count, so a run repeats bit
-    for bit only at the same count.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 # ------------------------------------------------------------------------ data
 
 
@@ -137,7 +127,8 @@ def minibatch(
         Shape (n_rows, n_genes).
     """
     block = X[rows]
-    dense = block.toarray() if sparse.issparse(block) else np.asarray(block)
+    # A copy also of a dense slice: what is done to a batch must not reach the data.
+    dense = block.toarray() if sparse.issparse(block) else np.array(block)
     return torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)).to(device)
 
 
@@ -188,18 +179,14 @@ class History:
 _HISTORY = ("step", "phase", "term", "value")
 
 
-def is_flat(
-    history: pd.DataFrame,
-    term: str,
-    phase: str | None = None,
-    *,
-    tolerance: float = 0.1,
-) -> bool:
+def is_flat(history: pd.DataFrame, term: str, phase: str | None = None) -> bool:
     """Say whether a curve has stopped moving.
 
-    The mean of the last quarter of the curve is held against the mean of the
-    quarter before it. The curve counts as flat when they differ by at most
-    `tolerance` of the curve's whole range (5th to 95th percentile).
+    The mean of its last quarter is held against the mean of the quarter before.
+    The curve is flat when they differ by at most 0.3 of the range of these two
+    quarters (a straight slope gives 0.5, noise around a level about 0.15), or by
+    at most 1 % of the range of the whole curve. Fewer than eight values are never
+    flat.
     """
     chosen = history["term"] == term
     if phase is not None:
@@ -208,9 +195,10 @@ def is_flat(
     if len(values) < 8:
         return False
     quarter = len(values) // 4
-    move = abs(values[-quarter:].mean() - values[-2 * quarter : -quarter].mean())
-    low, high = np.percentile(values, [5, 95])
-    return bool(move <= tolerance * (high - low))
+    last, before = values[-quarter:], values[-2 * quarter : -quarter]
+    drift = abs(last.mean() - before.mean())
+    late = np.ptp(values[-2 * quarter :])
+    return bool(drift <= max(0.3 * late, 0.01 * np.ptp(values)))
 
 
 # ------------------------------------------------------------ phases, callbacks
@@ -263,7 +251,6 @@ class Event:
     step: int
     n_steps: int
     terms: Terms
-    seconds: float
     history: History = field(repr=False, default_factory=History)
 
 
@@ -300,7 +287,7 @@ def tensorboard(log_dir: str | Path) -> Callback:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise OutputError(
+        raise ConfigError(
             message(
                 "TensorBoard is not installed",
                 do="Install it: pip install tensorboard.",
@@ -411,6 +398,8 @@ def save_checkpoint(model: Estimator, path: Path, phase: int, step: int) -> None
                 tensors[f"optimiser/{name}/{index}/{slot}"] = torch.as_tensor(value)
     tensors["rng/global"] = torch.get_rng_state()
     tensors["rng/model"] = model.rng_.get_state()
+    if model.device_.type == "cuda":
+        tensors["rng/cuda"] = torch.cuda.get_rng_state(model.device_)
     history = model._history
     names = {key: sorted(set(getattr(history, key))) for key in ("phase", "term")}
     for key, known in names.items():
@@ -426,6 +415,7 @@ def save_checkpoint(model: Estimator, path: Path, phase: int, step: int) -> None
         "numpy": model.np_rng_.bit_generator.state,
         "history": names,
         "seconds": model.fit_seconds_,
+        "device": model.device_.type,
         **model._identity(),
         "facts": model.facts_,
     }
@@ -444,7 +434,11 @@ class Checkpoint:
     def __init__(self, path: Path, model: Estimator) -> None:
         self.tensors, self.about = read_tensors(path)
         self.phase, self.step = int(self.about["phase"]), int(self.about["step"])
-        for key, value in model._identity().items():
+        # Random numbers of another kind of device would not go on where these ended.
+        for key, value in {
+            "device": model.device_.type,
+            **model._identity(),
+        }.items():
             if self.about.get(key) != value:
                 raise ModelFileError(
                     message(
@@ -471,6 +465,8 @@ class Checkpoint:
         """Put back the state of every random generator."""
         torch.set_rng_state(self.tensors["rng/global"])
         model.rng_.set_state(self.tensors["rng/model"])
+        if "rng/cuda" in self.tensors:
+            torch.cuda.set_rng_state(self.tensors["rng/cuda"], model.device_)
         model.np_rng_.bit_generator.state = self.about["numpy"]
 
     def restore_optimisers(self, model: Estimator) -> None:
@@ -496,8 +492,9 @@ def run_phases(
     resume: bool = False,
 ) -> None:
     """Run the phases in order; see `Estimator.fit` for the parameters."""
-    callbacks = list(callbacks)
+    callbacks = [progress_bar(), *callbacks]
     saved = None
+    begun = time.perf_counter()
     if resume and checkpoint is not None and checkpoint.exists():
         saved = Checkpoint(checkpoint, model)
         saved.restore_model(model)
@@ -512,17 +509,16 @@ def run_phases(
             saved.restore_optimisers(model)
             saved.restore_random(model)
         for step in range(first, phase.n_steps):
-            begun = time.perf_counter()
             terms = phase.step(step)
             if phase.is_logged(step):
                 model._history.append(step, phase.name, terms)
-            seconds = time.perf_counter() - begun
-            model.fit_seconds_ += seconds
-            event = Event(
-                model, phase.name, step, phase.n_steps, terms, seconds, model._history
-            )
+            # Callbacks are the caller's: their time does not count as the fit's.
+            paused = time.perf_counter()
+            model.fit_seconds_ += paused - begun
+            event = Event(model, phase.name, step, phase.n_steps, terms, model._history)
             # Every callback is called, also when an earlier one ends the phase.
             stop = any([bool(callback(event)) for callback in callbacks])
+            begun = time.perf_counter()
             if stop:
                 break
             done = step + 1
@@ -532,3 +528,4 @@ def run_phases(
         if checkpoint is not None:
             save_checkpoint(model, checkpoint, index + 1, 0)
     model.optimisers_.clear()
+    model.fit_seconds_ += time.perf_counter() - begun

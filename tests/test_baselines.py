@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
 
-from scgenlib import baselines
+from scgenlib import GARAGE, baselines
 from scgenlib.errors import ConfigError, DataError
+from scgenlib.estimator import data_hash
 
 SIZES = {"alpha": 50, "beta": 30, "lone": 1, "pair": 2}
 ALL = [
@@ -53,6 +56,12 @@ def test_output_contract(generator, train):
     assert list(made.obs["cell_type"].cat.categories) == sorted(SIZES)
     about = made.uns["scgenlib"]
     assert about["method"].startswith("baseline: ") and about["seed"] == 1
+    assert json.loads(about["config"])["label"] is None
+    assert about["n_training_cells"] == 83 and about["data_hash"] == data_hash(train)
+    # The keys are those of a model.
+    model = GARAGE()
+    model.data_hash_, model.n_cells_ = "", 0
+    assert set(about) == set(model.provenance()) - {"config_hash"}
     assert (train.X != before).nnz == 0
     assert set(train.uns) == set()
 

@@ -60,7 +60,8 @@ def registry(monkeypatch):
 
         adata = anndata.AnnData(np.ones((4, 2), np.float32))
         adata.obs["cell_type"] = pd.Categorical(["a", "a", "b", "b"])
-        adata.uns["dataset"] = {"name": name, "title": f"The {name} cells"}
+        card = {"name": name, "value_scale": "log1p", "recipe": {}, "n_cells": 4}
+        adata.uns["dataset"] = card
         return adata
 
     fake.load = load
@@ -287,7 +288,7 @@ def test_run_card_counts_the_verdicts(namespace, capsys):
     chapter.run_card(run)
     text = capsys.readouterr().out
     assert "1 hold, 1 do not hold" in text and "does not hold: b" in text
-    assert f"scgenlib {chapter.versions()['scgenlib']}" in text
+    assert f"scgenlib {records.versions()['scgenlib']}" in text
     chapter.start(namespace, "demo")
     capsys.readouterr()
     chapter.run_card(run)
@@ -298,8 +299,8 @@ def test_run_card_counts_the_verdicts(namespace, capsys):
 
 
 def write(folder, rows=({"seed": 0, "coverage": 0.5},), **extra):
-    path = chapter.record_path("demo", "pollen", "dial", folder)
-    return chapter.write_record(
+    path = records.record_path("demo", "pollen", "dial", folder)
+    return records.write_record(
         path,
         rows,
         {"n_steps": 5},
@@ -361,7 +362,7 @@ def test_record_is_whole_or_absent(tmp_path, monkeypatch):
     ],
 )
 def test_record_names_are_file_names(tmp_path, dataset, name):
-    assert chapter.record_path("demo", dataset, "dial", tmp_path).name == name
+    assert records.record_path("demo", dataset, "dial", tmp_path).name == name
 
 
 def test_results_folder_from_the_environment(tmp_path, monkeypatch):
@@ -419,39 +420,39 @@ def notebook(folder, *cells):
     ],
 )
 def test_imports_are_followed(package, cell, modules):
-    assert chapter.imported_modules(notebook(package, cell)) == modules
+    assert records.imported_modules(notebook(package, cell)) == modules
 
 
 def test_hash_ignores_docstrings_and_comments_only(package):
-    before = chapter.code_hash(["nets"])
+    before = records.code_hash(["nets"])
     text = (package / "nets.py").read_text()
     (package / "nets.py").write_text(text.replace("Doc.", "Other.") + "# note\n")
-    assert chapter.code_hash(["scgenlib.nets"]) == before
+    assert records.code_hash(["scgenlib.nets"]) == before
     (package / "nets.py").write_text(text.replace("X = 1", "X = 2"))
-    assert chapter.code_hash(["nets"]) != before
+    assert records.code_hash(["nets"]) != before
 
 
 def test_notebook_hash_sees_its_code_and_the_package(package):
     path = notebook(package, "from scgenlib import GARAGE", "x = 1  ")
-    before = chapter.notebook_hash(path)
+    before = records.notebook_hash(path)
     notebook(package, "from scgenlib import GARAGE", "x = 1")
-    assert chapter.notebook_hash(path) == before
+    assert records.notebook_hash(path) == before
     notebook(package, "from scgenlib import GARAGE", "x = 2")
-    assert chapter.notebook_hash(path) != before
+    assert records.notebook_hash(path) != before
     notebook(package, "from scgenlib import GARAGE", "x = 1")
     (package / "errors.py").write_text("class Wrong(TypeError):\n    pass\n")
-    assert chapter.notebook_hash(path) != before
+    assert records.notebook_hash(path) != before
     (package / "metrics/clustering.py").write_text("def ari(): return 1\n")
-    after = chapter.notebook_hash(path)
+    after = records.notebook_hash(path)
     (package / "metrics/clustering.py").write_text("def ari(): return 2\n")
-    assert chapter.notebook_hash(path) == after
+    assert records.notebook_hash(path) == after
 
 
 def test_hash_of_an_unknown_module():
     with pytest.raises(ConfigError, match="no such module.*'nest'"):
-        chapter.code_hash(["nest"])
+        records.code_hash(["nest"])
 
 
 def test_hash_of_the_real_package():
-    modules = chapter.code_hash(["chapter"]), chapter.code_hash(["errors"])
+    modules = records.code_hash(["chapter"]), records.code_hash(["errors"])
     assert all(len(h) == 64 for h in modules) and modules[0] != modules[1]

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 import book
-from scgenlib import chapter
+from scgenlib import records
 
 PATHS = [
     path
@@ -66,7 +66,7 @@ def test_executed_in_order_without_errors(path):
 @every_notebook
 def test_outputs_are_up_to_date(path):
     stored = read(path).metadata["scgenlib"]["code_hash"]
-    assert stored == chapter.notebook_hash(path), f"make refresh ONLY={path.stem}"
+    assert stored == records.notebook_hash(path), f"make refresh ONLY={path.stem}"
 
 
 @every_notebook

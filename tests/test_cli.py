@@ -207,7 +207,7 @@ def tiny_cells() -> ad.AnnData:
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = scgenlib.GARAGEConfig.profile("tiny")
-    model = scgenlib.GARAGE(config, seed=0, device="cpu").fit(tiny_cells())
+    model = scgenlib.GARAGE(config, seed=5, device="cpu").fit(tiny_cells())
     return model.save(tmp_path_factory.mktemp("models") / "garage")
 
 
@@ -222,6 +222,11 @@ def test_generate_writes_cells_of_the_model(model_folder, tmp_path, capsys):
     assert [p.name for p in output.parent.iterdir()] == ["cells.h5ad"]
     again = scgenlib.GARAGE.load(model_folder, device="cpu").generate(7, seed=3)
     np.testing.assert_allclose(cells.X.toarray(), again.X.toarray(), rtol=1e-6)
+    # Without --seed the model's own seed draws the cells.
+    assert run("generate", "--model", model_folder, "--cells", 7, "-o", output) == 0
+    own = scgenlib.GARAGE.load(model_folder, device="cpu").generate(7)
+    assert ad.read_h5ad(output).uns["scgenlib"]["generate_seed"] == 5
+    np.testing.assert_allclose(ad.read_h5ad(output).X.toarray(), own.X.toarray())
 
 
 def test_generate_refuses(model_folder, tmp_path, capsys):
@@ -235,6 +240,23 @@ def test_generate_refuses(model_folder, tmp_path, capsys):
     assert run(*wrong, "--cells", "5") == 2
     assert "*.h5ad" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_generate_by_type_for_a_method_that_says_so(
+    model_folder, tmp_path, monkeypatch
+):
+    asked = []
+
+    def generate(self, n_cells, *, seed=None):
+        asked.append((n_cells, seed))
+        return tiny_cells()
+
+    monkeypatch.setattr(scgenlib.GARAGE, "by_type", True, raising=False)
+    monkeypatch.setattr(scgenlib.GARAGE, "generate", generate)
+    output = tmp_path / "cells.h5ad"
+    arguments = ["--model", model_folder, "--cells", "a=5", "b=2", "-o", output]
+    assert run("generate", *arguments) == 0
+    assert asked == [({"a": 5, "b": 2}, None)]
 
 
 def test_generate_names_an_unknown_method(model_folder, tmp_path):

@@ -84,10 +84,10 @@ def test_making_an_estimator_does_no_work(case):
     made = case.make(seed=7)
     assert made.seed == 7 and not hasattr(made, "modules_")
     assert "not fitted" in repr(made)
-    with pytest.raises(errors.ModelFileError, match="not fitted"):
+    with pytest.raises(errors.NotFittedError, match="not fitted"):
         made.save("never")
     for verb, call in case.verbs.items():
-        with pytest.raises(errors.ModelFileError, match="not fitted"):
+        with pytest.raises(errors.NotFittedError, match="not fitted"):
             call(made, None)
         assert verb in case.cls.tasks
 
@@ -107,12 +107,18 @@ def test_every_profile_and_every_field_is_documented(case):
 
 
 def test_fit_returns_itself_and_changes_nothing(case, cells):
-    before, layers = data_hash(cells), set(cells.layers)
-    rng = torch.get_rng_state()
+    before, rng = cells.copy(), torch.get_rng_state()
     model = case.make()
     assert model.fit(cells) is model
-    assert data_hash(cells) == before and set(cells.layers) == layers
-    assert "scgenlib" not in cells.uns
+    assert data_hash(cells, cells.obs) == data_hash(before, before.obs)
+    pd.testing.assert_frame_equal(cells.obs, before.obs)
+    pd.testing.assert_frame_equal(cells.var, before.var)
+    assert (
+        set(cells.layers) == set(before.layers)
+        and cells.uns.keys() == before.uns.keys()
+    )
+    for name, layer in before.layers.items():
+        assert (layer != cells.layers[name]).sum() == 0, name
     assert torch.equal(torch.get_rng_state(), rng)
 
 
@@ -203,6 +209,17 @@ def test_a_killed_fit_goes_on_to_the_same_numbers(case, cells, fitted, tmp_path)
         with pytest.raises(Killed):
             case.make().fit(cells, callbacks=[kill], **options)
         assert_same_state(case.make().fit(cells, **options), fitted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_fit_on_a_gpu_and_load_on_the_cpu(case, cells, tmp_path):
+    config = case.cls.config_class.profile("tiny")
+    model = case.cls(config, device="cuda").fit(cells, checkpoint_dir=tmp_path / "c")
+    model.save(tmp_path / "run")
+    again = case.cls.load(tmp_path / "run", device="cpu")
+    for call in case.verbs.values():
+        assert np.isfinite(values(call(model, cells))).all()
+        assert values(call(again, cells)).shape == values(call(model, cells)).shape
 
 
 def broken(cells: AnnData, **change: Any) -> AnnData:

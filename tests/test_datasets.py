@@ -24,7 +24,7 @@ import scipy.sparse as sp
 import yaml
 
 from scgenlib import datasets, download, readers
-from scgenlib.contract import as_labels
+from scgenlib.contract import as_labels, card_of
 from scgenlib.errors import DataError, DownloadError, ManifestError, OutputError
 from scgenlib.simulate import blobs, simulate
 
@@ -608,6 +608,16 @@ def test_data_dir_comes_before_the_cache(tmp_path, own_cache, monkeypatch):
 def test_nothing_to_fetch():
     with pytest.raises(DataError, match="Nothing to fetch"):
         datasets.fetch("simulated")
+    with pytest.raises(DataError, match="simulated:pollen is simulated.*Nothing to fe"):
+        datasets.fetch("simulated:pollen")
+    with pytest.raises(DataError, match="Did you mean 'pollen'"):
+        datasets.verify("simulated:polen")
+    report = datasets.verify("simulated:pollen")
+    assert (report["name"], report["ok"], report["files"]) == (
+        "simulated:pollen",
+        True,
+        [],
+    )
     assert datasets.verify("pbmc68k_reduced")["ok"]
 
 
@@ -700,7 +710,12 @@ def test_h5ad_without_labels_is_clustered(cells, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "Warning" in out and "Leiden" in out and "group" in out
     assert adata.obs["cell_type"].str.startswith("cluster ").all()
+    assert adata.uns["dataset"]["labels"] == "leiden clusters of all cells"
+    datasets.load(path, verbose=False)
+    assert capsys.readouterr().out.startswith("Warning")
     known = datasets.load(path, label_key="group", verbose=False)
+    assert capsys.readouterr().out == ""
+    assert known.uns["dataset"]["labels"] == "given"
     assert set(known.obs["cell_type"]) == set(cells.obs["group"])
 
 
@@ -777,6 +792,40 @@ def test_a_gene_may_be_empty_and_coordinates_negative(cells):
     points.uns["dataset"]["value_scale"] = "counts"
     with pytest.raises(DataError, match="negative values"):
         datasets.check_anndata(points)
+
+
+def test_only_logarithms_are_expression(cells):
+    counts = cells.X.copy()
+    with pytest.raises(DataError, match="raw counts.*normalise.*layers\\['counts'\\]"):
+        datasets.check_anndata(cells)
+    cells.X = logged(counts)
+    cells.X.data = np.expm1(cells.X.data)
+    with pytest.raises(DataError, match="without the logarithm.*normalise"):
+        datasets.check_anndata(cells)
+    # What cannot be told is let through: a few genes, batches taken out.
+    cells.X = np.random.default_rng(0).uniform(0.1, 5, cells.shape)
+    datasets.check_anndata(cells)
+    points = blobs(50)
+    points.X = np.rint(points.X.toarray()) + 6
+    datasets.check_anndata(points)
+    del points.uns["dataset"]
+    with pytest.raises(DataError, match="raw counts"):
+        datasets.check_anndata(points)
+
+
+@pytest.mark.parametrize("note", ["mine", None, 3, {"value_scale": "coordinates"}])
+def test_what_is_not_our_card_is_no_card(cells, note):
+    cells.uns["dataset"] = note
+    assert card_of(cells) == {}
+    cells.X = logged(cells.X)
+    datasets.check_anndata(cells)
+
+
+def test_a_card_is_known_after_writing_and_reading(tmp_path):
+    points = blobs(50)
+    assert card_of(points)["name"] == "blobs"
+    points.write_h5ad(tmp_path / "points.h5ad")
+    assert card_of(ad.read_h5ad(tmp_path / "points.h5ad"))["name"] == "blobs"
 
 
 def test_as_labels_keeps_gaps():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+import os
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,8 @@ class ToyConfig(Config):
     lr: float = option(1e-2, "learning rate", above=0)
     widths: tuple[int, ...] = option((8,), "hidden widths", low=1)
     mode: str = option("sum", "which loss", choices=("sum", "mean"))
+    kind: Literal["nb", "zinb"] = option("nb", "which likelihood")
+    betas: tuple[float, float] = option((0.9, 0.999), "two numbers")
     cap: int | None = option(None, "a limit, or none")
 
 
@@ -38,6 +41,9 @@ class Toy(Estimator):
         self.sizes_ = {"n_genes": adata.n_vars}
         self.X = adata.X
         self._build()
+
+    def _release(self) -> None:
+        del self.X
 
     def _build(self) -> None:
         g = self.sizes_["n_genes"]
@@ -103,6 +109,8 @@ def test_profiles_change_only_what_they_name():
         (lambda: ToyConfig(mode="summ"), ["summ", "Did you mean 'sum'"]),
         (lambda: ToyConfig(steps="many"), ["steps", "many", "int"]),
         (lambda: ToyConfig(steps=True), ["steps", "True"]),
+        (lambda: ToyConfig(kind="znib"), ["znib", "'zinb'"]),
+        (lambda: ToyConfig(betas=(0.1, 0.2, 0.3)), ["betas", "0.3"]),
         (lambda: ToyConfig(widths=(8, 0)), ["widths", "at least 1"]),
     ],
 )
@@ -157,8 +165,9 @@ def killer(phase: str, step: int):
     return kill
 
 
-@pytest.mark.parametrize("at", [("first", 0), ("first", 7), ("first", 11),
-                                ("second", 0), ("second", 9)])
+@pytest.mark.parametrize(
+    "at", [("first", 0), ("first", 7), ("first", 11), ("second", 0), ("second", 9)]
+)
 def test_a_killed_run_goes_on_to_the_same_numbers(cells, tmp_path, at):
     tiny = ToyConfig.profile("tiny")
     unbroken = Toy(tiny, device="cpu").fit(cells)
@@ -174,12 +183,16 @@ def test_a_checkpoint_of_another_run_is_refused(cells, tmp_path):
     tiny = ToyConfig.profile("tiny")
     Toy(tiny, device="cpu").fit(cells, checkpoint_dir=tmp_path)
     with pytest.raises(errors.ModelFileError, match="another seed"):
-        Toy(tiny, seed=1, device="cpu").fit(
-            cells, checkpoint_dir=tmp_path, resume=True
-        )
+        Toy(tiny, seed=1, device="cpu").fit(cells, checkpoint_dir=tmp_path, resume=True)
     with pytest.raises(errors.ModelFileError, match="another config"):
         Toy(tiny.replace(lr=0.5), device="cpu").fit(
             cells, checkpoint_dir=tmp_path, resume=True
+        )
+    other = cells.copy()
+    other.obs["other"] = other.obs["cell_type"].to_numpy()[::-1].copy()
+    with pytest.raises(errors.ModelFileError, match="another data"):
+        Toy(tiny, device="cpu").fit(
+            other, label_key="other", checkpoint_dir=tmp_path, resume=True
         )
     fewer = cells[:50].copy()
     with pytest.raises(errors.ModelFileError, match="another data"):
@@ -237,6 +250,17 @@ def test_save_refuses_a_folder_with_other_things(cells, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(errors.OutputError, match="holds something else"):
         model.save(tmp_path)
+    # A config.json alone does not make a folder ours.
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "config.json").write_text("{}")
+    with pytest.raises(errors.OutputError, match="holds something else"):
+        model.save(notes)
+    folder = model.save(tmp_path / "model")
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(errors.OutputError, match="holds something else"):
+        model.save(folder)
+    assert (folder / "thesis.txt").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.OutputError, match="cannot be written"):
         model.save(tmp_path / "file" / "run")
@@ -255,6 +279,25 @@ def test_a_full_disk_leaves_the_earlier_model(cells, tmp_path, monkeypatch):
         model.save(tmp_path / "run")
     monkeypatch.undo()
     assert same(weights(Toy.load(tmp_path / "run", device="cpu")), weights(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_ctrl_c_while_saving_leaves_the_earlier_model(cells, tmp_path, monkeypatch):
+    model = Toy(ToyConfig.profile("tiny"), device="cpu").fit(cells)
+    folder = model.save(tmp_path / "run")
+    replace, calls = os.replace, []
+
+    def interrupted(a: Any, b: Any) -> None:
+        if str(b) == str(folder) and not calls:
+            calls.append(1)
+            raise KeyboardInterrupt
+        replace(a, b)
+
+    monkeypatch.setattr("scgenlib.estimator.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save(folder)
+    monkeypatch.undo()
+    assert calls and same(weights(Toy.load(folder, device="cpu")), weights(model))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -293,11 +336,19 @@ def test_every_calls_at_multiples_and_at_the_last_step(cells):
 
 def test_is_flat_tells_a_falling_curve_from_a_settled_one():
     step = np.arange(200)
-    def table(v):
-        return pd.DataFrame({"step": step, "phase": "p", "term": "t", "value": v})
-    assert training.is_flat(table(np.exp(-step / 10)), "t")
-    assert not training.is_flat(table(-step.astype(float)), "t")
-    assert not training.is_flat(table(step * 0.0)[:4], "t")
+    noise = np.random.default_rng(0).normal(0, 0.1, 200)
+
+    def flat(values: np.ndarray) -> bool:
+        table = {"step": step[: len(values)], "phase": "p", "term": "t"}
+        return training.is_flat(pd.DataFrame({**table, "value": values}), "t")
+
+    assert flat(np.exp(-step / 10)) and flat(np.exp(-step / 10) + noise)
+    assert flat(np.ones(200))
+    assert not flat(-step.astype(float)) and not flat(noise - step / 100)
+    # A large first drop must not hide that the curve still falls.
+    still_falling = np.r_[np.full(20, 10.0), np.linspace(1, 0.2, 180)]
+    assert not flat(still_falling)
+    assert not flat(np.zeros(4))
 
 
 def test_minibatch_makes_only_its_rows_dense(cells):
@@ -305,6 +356,23 @@ def test_minibatch_makes_only_its_rows_dense(cells):
     got = training.minibatch(cells.X, rows)
     assert got.dtype == torch.float32
     np.testing.assert_array_equal(got.numpy(), cells.X[rows].toarray())
+
+
+def test_a_batch_is_a_copy(cells):
+    X = cells.X.toarray()
+    before = X.copy()
+    training.minibatch(X, slice(0, 5)).zero_()
+    np.testing.assert_array_equal(X, before)
+
+
+def test_the_hash_names_values_and_labels_not_storage(cells):
+    dense = cells.copy()
+    dense.X = cells.X.toarray()
+    assert data_hash(dense) == data_hash(cells)
+    assert data_hash(cells, ["cell_type"]) != data_hash(cells)
+    fewer = cells.copy()
+    fewer.layers["counts"] = fewer.layers["counts"] * 2
+    assert data_hash(fewer) != data_hash(cells)
 
 
 def test_mlp_counts():

@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from anndata import AnnData
 from scipy import sparse
 from torch import nn
 
-from scgenlib import datasets, graph, losses, preprocess, simulate
+from scgenlib import datasets, garage, graph, losses, preprocess, simulate
 from scgenlib.errors import ConfigError, DataError
 from scgenlib.garage import (
     GARAGE,
@@ -603,21 +604,66 @@ def test_all_genes_of_the_card_in_the_paper_profile(cells):
     assert model.genes_ == list(expected)
 
 
-def test_no_held_out_cell_enters_any_stage(cells):
+def test_no_held_out_cell_enters_any_stage(cells, monkeypatch):
     train, test = preprocess.split(cells, seed=3)
-    before = GARAGE(config(), device="cpu").fit(train)
-    assert before.arrays_["edge_index"].max() < train.n_obs
-    assert before.n_cells_ == train.n_obs
-    assert set(before.select_seeds()["cell"]) <= set(train.obs_names)
-    assert not set(before.facts_["cells"]) & set(test.obs_names)
-    # Other held-out cells, the same model: bit for bit.
-    other = cells.copy()
-    held_out = other.obs_names.isin(test.obs_names)
-    other.X[np.flatnonzero(held_out)] *= 2
-    again, _ = preprocess.split(other, seed=3)
-    after = GARAGE(config(), device="cpu").fit(again)
-    one, two = before._state_tensors(), after._state_tensors()
+    held_out = cells.obs_names.isin(test.obs_names)
+    # In a view of all cells the held-out ones are within reach, and told by their 50.
+    whole = cells.copy()
+    X = cells.X.toarray()
+    X[held_out] = 50
+    whole.X = sparse.csr_matrix(X)
+    seen = {}
+
+    def spy(name):
+        stage = getattr(garage, name)
+
+        def watched(given, *rest):
+            values = given.X if isinstance(given, AnnData) else given
+            seen[name] = (values.shape[0], bool(values.max() < 50))
+            return stage(given, *rest)
+
+        monkeypatch.setattr(garage, name, watched)
+
+    for name in ("select_genes", "knn_graph", "_scale"):
+        spy(name)
+    model = GARAGE(config(n_genes=40), device="cpu").fit(whole[~held_out])
+    clean = (train.n_obs, True)
+    assert seen == {"select_genes": clean, "knn_graph": clean, "_scale": clean}
+    assert set(model.select_seeds()["cell"]) <= set(train.obs_names)
+    # Without the held-out cells, the same model: bit for bit.
+    alone = GARAGE(config(n_genes=40), device="cpu").fit(train)
+    one, two = model._state_tensors(), alone._state_tensors()
     assert [key for key in one if not torch.equal(one[key], two[key])] == []
+
+
+@pytest.mark.parametrize("note", ["my cells", None, {"recipe": 3, "n_cells": "many"}])
+def test_a_stranger_in_place_of_the_card_does_not_steer(cells, note):
+    plain, strange = cells.copy(), cells.copy()
+    del plain.uns["dataset"]
+    strange.uns["dataset"] = note
+    c = config(n_genes=None)
+    models = [GARAGE(c, device="cpu").fit(one) for one in (plain, strange)]
+    assert models[0].genes_ == models[1].genes_ == list(cells.var_names)
+    assert models[0].facts_ == models[1].facts_
+
+
+def test_generated_cells_have_the_column_that_was_fitted(cells, tmp_path):
+    named = cells.copy()
+    named.obs["kind"] = named.obs.pop("cell_type")
+    model = GARAGE(config(), device="cpu").fit(named, label_key="kind")
+    made = model.generate(10)
+    assert "cell_type" not in made.obs
+    assert list(made.obs["kind"].cat.categories) == model.labels_
+    again = GARAGE.load(model.save(tmp_path / "model"), device="cpu").generate(10)
+    assert again.obs.equals(made.obs)
+
+
+def test_attention_scores_are_on_the_cpu():
+    # Half precision stands in for a device without doubles.
+    links, alpha = torch.tensor([[0, 0, 1], [0, 1, 1]]), torch.tensor([0.5, 0.25, 0.75])
+    scores = attention_scores(links, alpha.half()[:, None], 2)
+    assert scores.dtype == torch.float64 and scores.device.type == "cpu"
+    assert scores.tolist() == [0.375, 0.75]
 
 
 def test_same_seed_same_seeds_and_cells(cells):

@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
+from sklearn.ensemble import RandomForestClassifier
 
 from scgenlib import _matrix, baselines, metrics
 from scgenlib.errors import ConfigError, DataError
+from scgenlib.metrics.rare import classifier_hash
 
 
 def cells(sizes=(60, 40, 12), n_genes=40, seed=0, prefix="cell"):
@@ -177,15 +179,45 @@ def test_memorisation_finds_copies_and_clears_new_cells(train, heldout):
     fresh = metrics.memorisation(cells(seed=2), train, heldout)
     assert fresh["duplicates"] == 0.0
     assert fresh["ratio"] == pytest.approx(1.0, abs=0.1)
-    assert fresh["reference_ratio"] == pytest.approx(1.0, abs=0.1)
+    assert fresh["heldout_ratio"] == pytest.approx(1.0, abs=0.1)
     assert 0.35 < fresh["adversarial_accuracy_heldout"] < 0.65
     assert 0.35 < fresh["membership_auc"] < 0.65
+
+
+def test_memorisation_worked_on_paper():
+    train = np.array([[0.0], [10.0], [20.0], [30.0]])
+    heldout = np.array([[2.0], [12.0], [24.0]])
+    # To the nearest training cell: generated 1, 1, 3, held-out 2, 2, 4. To the
+    # nearest held-out cell: generated 1, 1, 1, training 2, 2, 4, 6.
+    found = metrics.memorisation(np.array([[1.0], [11.0], [23.0]]), train, heldout)
+    assert (found["to_train"], found["ratio"]) == (1.0, 0.5)
+    assert found["to_heldout"] == 1.0
+    assert found["heldout_ratio"] == pytest.approx(1 / 3)
 
 
 def test_a_bigger_training_set_is_not_taken_for_copying(heldout):
     many = cells(sizes=(600, 400, 120), seed=5, prefix="many")
     result = metrics.memorisation(cells(seed=2), many, heldout)
     assert result["ratio"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_copies_are_accused_when_less_than_half_is_held_out():
+    many = cells(sizes=(140, 93, 28), seed=5, prefix="many")  # 70 to 30
+    few = cells(seed=6, prefix="few")
+    copies = baselines.copy_cells(many, few.n_obs)
+    assert metrics.memorisation(copies, many, few)["ratio"] == 0.0
+    for close in (baselines.jitter, baselines.smote):
+        found = metrics.memorisation(close(many, few.n_obs), many, few)
+        assert found["ratio"] < 0.8 and found["duplicates"] == 0.0
+    smooth = baselines.pc_gaussian(many, few.n_obs, n_pcs=3)
+    found = metrics.memorisation(smooth, many, few)
+    assert found["ratio"] == pytest.approx(found["heldout_ratio"], abs=0.1)
+    assert found["heldout_ratio"] < 0.9  # smooth, not copied
+
+
+def test_memorisation_needs_cells_on_every_side(train, heldout):
+    with pytest.raises(DataError, match="2 held-out cells at least"):
+        metrics.memorisation(heldout, train, heldout[:1])
 
 
 # -- genes ----------------------------------------------------------------------
@@ -201,6 +233,15 @@ def test_gene_moments_worked_on_paper():
     assert table["variance_fake"].tolist() == pytest.approx([2, 2])
     assert table["zeros_real"].tolist() == [0.5, 0]
     assert table["zeros_fake"].tolist() == pytest.approx([2 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_gene_moments_match_numpy(ddof):
+    X = sp.random(50, 20, 0.3, "csr", np.float32, rng=np.random.default_rng(3))
+    for matrix in (X, X.toarray()):
+        mean, variance = _matrix.mean_variance(matrix, ddof=ddof)
+        np.testing.assert_allclose(mean, X.toarray().mean(0), rtol=1e-5)
+        np.testing.assert_allclose(variance, X.toarray().var(0, ddof=ddof), rtol=1e-4)
 
 
 def test_shuffling_keeps_moments_and_loses_correlations(train, heldout):
@@ -297,13 +338,17 @@ def test_fano_takes_the_highest():
 
 def test_feature_selection_scores_real_cells(train, heldout):
     options = {"n_genes": 15, "n_pcs": 5, "n_neighbors": 10, "resolution": 0.5}
-    good = metrics.feature_selection_utility(train, heldout, "pca", **options)
-    noise = cells(sizes=(112,), seed=9)
-    noise = noise[:, ::-1]  # genes in another order are matched by name
+    turned = heldout[:, ::-1]  # genes in another order are matched by name
+    good = metrics.feature_selection_utility(train, turned, "pca", **options)
     assert set(good) == {"ari", "nmi", "macro_f1", "clusters", "genes"}
-    assert good["ari"] > 0.6
-    other = metrics.feature_selection_utility(train, noise, "pca", **options)
-    assert set(other["genes"]) <= set(train.var_names)
+    markers = set(train.var_names[:15])
+    assert len(markers & set(good["genes"])) > 10
+    # Generated cells whose types differ in other genes point to useless ones.
+    misled = heldout.copy()
+    misled.X = heldout.X[:, ::-1]
+    poor = metrics.feature_selection_utility(train, misled, "pca", **options)
+    assert len(markers & set(poor["genes"])) < 5
+    assert good["ari"] > 0.6 > 0.3 > poor["ari"]
     collapsed = np.tile(train.X[0].toarray(), (20, 1))
     with pytest.raises(DataError, match="collapsed"):
         metrics.feature_selection_utility(train, collapsed)
@@ -319,7 +364,13 @@ def rare_table(train, heldout):
 
 
 def test_every_arm_has_the_same_forest(rare_table):
-    assert rare_table["classifier_hash"].nunique() == 1
+    forest = RandomForestClassifier(30, random_state=0)
+    assert set(rare_table["classifier_hash"]) == {classifier_hash(forest)}
+    forest.fit([[0], [1]], [0, 1])  # the data do not enter, the settings do
+    assert set(rare_table["classifier_hash"]) == {classifier_hash(forest)}
+    for weaker in ({"n_estimators": 10}, {"max_depth": 5}, {"random_state": 1}):
+        other = RandomForestClassifier(**{**forest.get_params(), **weaker})
+        assert classifier_hash(other) not in set(rare_table["classifier_hash"])
     assert rare_table["arm"].tolist() == [
         "real only",
         "class weights",
@@ -346,12 +397,23 @@ def test_rare_scores_are_those_of_the_predictions(train, heldout, rare_table):
     assert table.loc["real only", "f1"] == first
 
 
-def test_class_weights_equal_exact_repetition_of_weights(train):
-    from sklearn.utils.class_weight import compute_sample_weight
+def test_class_weights_decide_where_two_types_look_alike():
+    # 5 rare and 20 common cells are the same to the forest, 100 are common for sure.
+    def alike(prefix):
+        values = np.repeat([[0, 3, 1], [3, 0, 2]], [25, 100], axis=0)
+        types = np.repeat(["rare", "common"], [5, 120])
+        obs = pd.DataFrame({"cell_type": pd.Categorical(types)})
+        obs.index = [f"{prefix} {i}" for i in range(125)]
+        return AnnData(values.astype(np.float32), obs=obs)
 
-    weights = compute_sample_weight("balanced", train.obs["cell_type"])
-    totals = pd.Series(weights).groupby(train.obs["cell_type"].to_numpy()).sum()
-    assert totals.to_numpy() == pytest.approx(np.full(3, 112 / 3))
+    arms = {"real only": None, "class weights": "class weights"}
+    table = metrics.rare_utility(
+        alike("train"), alike("test"), "rare", arms, n_pcs=2, n_trees=20
+    ).set_index("arm")
+    assert table.loc["real only", "recall"] == 0
+    assert table.loc["class weights", "recall"] == 1
+    assert table.loc["class weights", "precision"] == pytest.approx(5 / 25)
+    assert (table["added"] == 0).all()
 
 
 def test_rare_utility_refuses_unfair_set_ups(train, heldout):

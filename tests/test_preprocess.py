@@ -124,14 +124,6 @@ def test_filter_genes_by_hand():
             preprocess.filter_genes(adata, **bad)
 
 
-def test_gene_moments_match_numpy():
-    X = sp.random(50, 20, 0.3, "csr", np.float32, rng=np.random.default_rng(3))
-    for matrix in (X, X.toarray()):
-        mean, var = preprocess._gene_mean_var(matrix)
-        np.testing.assert_allclose(mean, X.toarray().mean(0), rtol=1e-5)
-        np.testing.assert_allclose(var, X.toarray().var(0, ddof=1), rtol=1e-4)
-
-
 def test_select_genes_finds_the_markers():
     adata = simulate(600, 400, programmes=0.0, rare_fraction=0.2, seed=4)
     is_marker = adata.var["marker_of"].to_numpy() != ""
@@ -219,11 +211,3 @@ def test_rare_types_errors():
         preprocess.rare_types(["a"] * 6 + ["b"] * 4, 4)
     with pytest.raises(ConfigError, match="rule"):
         preprocess.rare_types(["a", "b"], 2, ">")
-
-
-def test_dense_rows():
-    X = np.arange(12.0).reshape(4, 3)
-    for matrix in (X, sp.csr_matrix(X)):
-        rows = preprocess.dense_rows(matrix, [2, 0])
-        assert rows.dtype == np.float32 and rows.flags.c_contiguous
-        np.testing.assert_array_equal(rows, X[[2, 0]])

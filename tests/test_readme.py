@@ -92,7 +92,9 @@ def test_make_targets_exist(repo, line):
         ["make", "-n", line.split()[1]], cwd=repo, capture_output=True, text=True
     )
     assert planned.returncode == 0
-    assert ("tools/book.py" if "book" in line else "pytest tests") in planned.stdout
+    assert (
+        "tools/book.py" if "book" in line else "--dist loadfile tests"
+    ) in planned.stdout
 
 
 def test_papermill_line_has_what_a_terminal_asks_for(repo, tmp_path):

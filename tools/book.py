@@ -206,9 +206,9 @@ def run_notebook(path: Path, target: Path, head: str) -> None:
 
 def code_hash(path: Path) -> str:
     """Return the hash by which tests know whether stored outputs are up to date."""
-    from scgenlib import chapter
+    from scgenlib import records
 
-    return chapter.notebook_hash(path)
+    return records.notebook_hash(path)
 
 
 def show_progress(text: str) -> None:

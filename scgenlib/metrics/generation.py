@@ -84,17 +84,20 @@ def wasserstein(
         Cells x genes, n x g and m x g.
     scale
         'plain' leaves the values alone. 'published' divides each matrix by its
-        own number of cells first, as GARAGE's evaluation script did; for n = m
-        this divides the distance by n, for n != m it also shrinks one cloud.
+        own number of cells first, as GARAGE's evaluation script did at commit
+        36216e2 (no longer at f56180c); for n = m this divides the distance by
+        n, for n != m it also shrinks one cloud.
     max_cells
         Larger sets are subsampled to this many cells (seeded).
     seed
-        Seed of the subsampling.
+        Seed of the subsampling. The two sets are drawn independently, so a large
+        set is not 0 away from itself but as far as two samples of it are.
 
     Returns
     -------
     float
-        In the units of the values; 0 if and only if the two sets are equal.
+        In the units of the values; without subsampling 0 if and only if the two
+        sets are equal.
 
     Notes
     -----
@@ -319,10 +322,10 @@ def memorisation(
     max_cells: int = 2000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Are generated cells closer to the training cells than they should be?
+    """Are generated cells closer to the training cells than unseen cells are?
 
-    A nearest neighbour is nearer in a larger crowd, so training cells are
-    subsampled to the number of held-out cells for all but 'duplicates'.
+    A nearest neighbour is nearer in a larger crowd. So both sides of a ratio look
+    for it in the same crowd, whatever the sizes of training and held-out set.
 
     Parameters
     ----------
@@ -331,47 +334,56 @@ def memorisation(
     train, heldout
         Real cells that the generator saw, and real cells that it never saw.
     max_cells, seed
-        Larger sets are subsampled (seeded).
+        Larger sets are subsampled (seeded). The crowds of the two ratios and of
+        'duplicates' never are.
 
     Returns
     -------
     dict
-        'to_train', 'to_heldout': median distance of a generated cell to the
-        nearest cell of each; 'ratio': the first over the second, 1 without
-        copying; 'reference_ratio': the same ratio when one half of the held-out
-        cells plays the generator and the other half the held-out cells.
+        'to_train': median distance of a generated cell to the nearest of all
+        training cells; 'ratio': the same over that of a held-out cell, 1 for
+        real cells and 0 for copies. 'to_heldout' and 'heldout_ratio': likewise
+        to the nearest of all held-out cells, over that of a training cell.
+        Copying lowers only 'ratio'; cells smoother than real ones are near to
+        every real cell and lower both.
         'duplicates': share of generated cells equal to a training cell in every
         gene. 'adversarial_accuracy_train' and '..._heldout': nearest-neighbour
-        adversarial accuracy (Yale et al., 2020), 0.5 for the same distribution,
-        towards 0 for copies, towards 1 for other cells. 'membership_auc': how
-        well the distance to the nearest generated cell tells training cells from
-        held-out cells; 0.5 when it gives nothing away.
+        adversarial accuracy (Yale et al., 2020) between sets of equal size, 0.5
+        for the same distribution, towards 0 for copies of every training cell,
+        towards 1 for other cells. 'membership_auc': how well the distance to the
+        nearest generated cell tells training cells from held-out cells; 0.5 when
+        it gives nothing away. These last three thin the larger set, and see less
+        where only some training cells are copied.
+
+    Raises
+    ------
+    DataError
+        If a set has fewer than two cells, or the genes differ.
     """
     gen, seen = as_pair(generated, train)
     _, unseen = as_pair(generated, heldout)
-    if min(gen.shape[0], seen.shape[0]) < 2 or unseen.shape[0] < 4:
+    if min(gen.shape[0], seen.shape[0], unseen.shape[0]) < 2:
         raise DataError(
             message(
                 "Memorisation needs cells on every side",
                 found=[gen.shape[0], seen.shape[0], unseen.shape[0]],
-                allowed="2 generated, 2 training and 4 held-out cells at least",
+                allowed="2 generated, 2 training and 2 held-out cells at least",
             )
         )
     gen = subsample(gen, max_cells, seed)
-    duplicates = float((nearest(gen, seen)[0] == 0).mean())
-    n = min(seen.shape[0], unseen.shape[0], max_cells)
-    a, b = subsample(seen, n, seed), subsample(unseen, n, seed + 1)
-    to_train, to_heldout = nearest(gen, a)[0], nearest(gen, b)[0]
-    half, other = reference_split(b, seed=seed)
-    like_train = subsample(a, other.shape[0], seed + 2)
-    reference = np.median(nearest(half, like_train)[0])
+    some_seen = subsample(seen, max_cells, seed)
+    some_unseen = subsample(unseen, max_cells, seed + 1)
+    gaps = nearest(gen, seen)[0]
+    to_train, to_heldout = np.median(gaps), np.median(nearest(gen, unseen)[0])
+    n = min(some_seen.shape[0], some_unseen.shape[0])
+    a, b = subsample(some_seen, n, seed), subsample(some_unseen, n, seed + 1)
     from_real = -np.concatenate([nearest(a, gen)[0], nearest(b, gen)[0]])
     return {
-        "to_train": float(np.median(to_train)),
-        "to_heldout": float(np.median(to_heldout)),
-        "ratio": _ratio(np.median(to_train), np.median(to_heldout)),
-        "reference_ratio": _ratio(reference, np.median(nearest(half, other)[0])),
-        "duplicates": duplicates,
+        "to_train": float(to_train),
+        "ratio": _ratio(to_train, np.median(nearest(some_unseen, seen)[0])),
+        "to_heldout": float(to_heldout),
+        "heldout_ratio": _ratio(to_heldout, np.median(nearest(some_seen, unseen)[0])),
+        "duplicates": float((gaps == 0).mean()),
         "adversarial_accuracy_train": _adversarial_accuracy(a, gen, seed),
         "adversarial_accuracy_heldout": _adversarial_accuracy(b, gen, seed),
         "membership_auc": float(roc_auc_score(np.repeat([1, 0], n), from_real)),
