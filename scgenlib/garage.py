@@ -653,25 +653,28 @@ class GARAGE(Estimator):
             raise ConfigError(message("n_cells must be at least 1", found=n_cells))
         share = self.config.leakage_fraction if seed_share is None else seed_share
         if not 0 <= share <= 1 or (share > 0 and not len(self.arrays_["seeds"])):
-            limits = "0 to 1, and only 0 for a model without seeds"
+            limits = "0 to 1, and only 0 without seeds"
             raise ConfigError(message("seed_share is off", found=share, allowed=limits))
         seed = self.seed if seed is None else seed
         rng = torch.Generator(self.device_).manual_seed(seed)
         seeds, noise = self._scaled_seeds(), self.config.noise
-        z, origin = mixed_batch(n_cells, seeds, share, noise=noise, generator=rng)
         scale = self.arrays_["scale"].to(self.device_)
-        blocks, clipped = [], 0
-        for part in z.split(1024):
-            x = self.modules_["generator"](part) * scale
-            if self.facts_["non_negative"]:
-                clipped += int((x < 0).sum())
-                x = x.clamp_min(0)
-            blocks.append(sparse.csr_matrix(x.cpu().numpy()))
+        most = max(1, int(_DENSE_BYTES // (4 * len(self.genes_))))
+        blocks, origins, clipped = [], [], 0
+        for n in (min(most, n_cells - i) for i in range(0, n_cells, most)):
+            z, origin = mixed_batch(n, seeds, share, noise=noise, generator=rng)
+            origins.append(origin.cpu().numpy())
+            for part in z.split(1024):
+                x = self.modules_["generator"](part) * scale
+                if self.facts_["non_negative"]:
+                    clipped += int((x < 0).sum())
+                    x = x.clamp_min(0)
+                blocks.append(sparse.csr_matrix(x.cpu().numpy()))
         X = sparse.vstack(blocks, format="csr")
         about = self.provenance(verb="generate", generate_seed=seed, seed_share=share)
         about["clipped_share"] = clipped / (n_cells * X.shape[1])
         var = pd.DataFrame(index=pd.Index(self.genes_, dtype=str))
-        obs = self._describe(X, origin.cpu().numpy())
+        obs = self._describe(X, np.concatenate(origins))
         return AnnData(X, obs=obs, var=var, uns={"scgenlib": about})
 
     def _describe(self, X: sparse.csr_matrix, origin: np.ndarray) -> pd.DataFrame:

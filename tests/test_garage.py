@@ -687,3 +687,12 @@ def test_nothing_is_dense_above_a_gigabyte(cells, monkeypatch):
     torch.testing.assert_close(
         sparse_fit.arrays_["scores"], dense_fit.arrays_["scores"], rtol=1e-3, atol=1e-5
     )
+
+
+def test_many_cells_are_made_in_blocks(cells, monkeypatch):
+    model = GARAGE(config(leakage_fraction=0.2), device="cpu").fit(cells)
+    monkeypatch.setattr(garage, "_DENSE_BYTES", 4 * len(model.genes_) * 10)
+    made = model.generate(35, seed=1)
+    # Blocks of 10, 10, 10 and 5 rows, each with a fifth of seed rows, rounded up.
+    assert made.n_obs == 35 and made.obs["from_seed"].sum() == 2 + 2 + 2 + 1
+    assert made.obs_names.is_unique
