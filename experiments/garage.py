@@ -24,9 +24,12 @@ writes garage-<dataset>-paper.json alone: the published sizes, for a GPU.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import itertools
+import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +116,16 @@ def score(cells: AnnData, train: AnnData, test: AnnData) -> dict[str, float]:
 
 
 def seed_rules(
-    train: AnnData, config: GARAGEConfig, seed: int, device: str
+    train: AnnData,
+    config: GARAGEConfig,
+    weights: Sequence[float],
+    seed: int,
+    device: str,
 ) -> list[dict[str, Any]]:
     """Return the rare share of the seeds of every rule, without training a GAN."""
     rows = []
     base = config.replace(gan_total_iters=0)
-    for weight in PRIORITY_WEIGHTS:
+    for weight in weights:
         model = GARAGE(base.replace(priority_weight=weight), seed=seed, device=device)
         model.fit(train)
         is_rare = model.arrays_["is_rare"].numpy()
@@ -126,7 +133,7 @@ def seed_rules(
         k = len(chosen)
         edges = model.arrays_["edge_index"]
         picks = {"attention": chosen}
-        if weight == PRIORITY_WEIGHTS[0]:
+        if weight == weights[0]:
             degree = published.degree_scores(edges, train.n_obs)
             index = published.edge_index_scores(edges, train.n_obs)
             picks["degree only"] = np.argsort(-np.asarray(degree), kind="stable")[:k]
@@ -169,21 +176,20 @@ TOY = GARAGEConfig(
 )
 
 
-def toy(adata: AnnData, n_seeds: int, device: str) -> list[dict[str, Any]]:
+def toy(
+    adata: AnnData, config: GARAGEConfig, args: argparse.Namespace, seed: int
+) -> dict[str, list[dict[str, Any]]]:
     """Return how many of six islands a GAN populates, by width and leak fraction."""
     rows = []
-    for seed, width, leak in itertools.product(
-        range(n_seeds), (16, 128), (0.0, 0.2, 0.5)
-    ):
-        config = TOY.replace(generator_hidden=(width,), leakage_fraction=leak)
-        model = GARAGE(config, seed=seed, device=device).fit(adata)
+    for width, leak in itertools.product((16, 128), (0.0, 0.2, 0.5)):
+        one = config.replace(generator_hidden=(width,), leakage_fraction=leak)
+        model = GARAGE(one, seed=seed, device=args.device).fit(adata)
         made = model.generate(1000, seed=1).X.toarray()
         found = islands(made, adata.uns["centres"] + 6)
         rows.append(
             {"seed": seed, "width": width, "leakage_fraction": leak, "islands": found}
         )
-        print("blobs", rows[-1], flush=True)
-    return rows
+    return {"toy": rows}
 
 
 def spread(cells: AnnData) -> float:
@@ -213,7 +219,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--profile", default="book", choices=GARAGEConfig.PROFILES)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--weights", type=float, nargs="*", default=PRIORITY_WEIGHTS)
     parser.add_argument("--leaks", type=float, nargs="*", default=LEAKS)
     parser.add_argument("--rules", nargs="*", default=RULES, help="beside attention")
     parser.add_argument("--only-contest", action="store_true")
@@ -222,57 +230,82 @@ def main() -> None:
     parser.add_argument("--results-dir", default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    begun = time.perf_counter()
     config = GARAGEConfig.profile(args.profile)
     if args.dataset == "blobs":
         adata, config = simulate.blobs(1000), TOY
         adata.X = adata.X.toarray() + 6
-        tables = {"toy": toy(adata, args.seeds, args.device)}
+        run = toy
     else:
         adata = datasets.load(args.dataset)
         run = full_size if args.profile == "paper" else experiments
-        tables = run(adata, config, args)
-    for name, rows in tables.items():
-        path = records.record_path("garage", args.dataset, name, args.results_dir)
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        begun = time.perf_counter()
+        for name, rows in run(adata, config, args, seed).items():
+            add(name, rows, adata, config, args, time.perf_counter() - begun)
+
+
+def add(
+    name: str,
+    rows: list[dict[str, Any]],
+    adata: AnnData,
+    config: GARAGEConfig,
+    args: argparse.Namespace,
+    seconds: float,
+) -> None:
+    """Write one seed's rows, beside those of other seeds of the same experiment.
+
+    So a long run that was stopped keeps its finished seeds, and seeds can run side
+    by side. Rows made by other code, settings or cells are not kept.
+    """
+    path = records.record_path("garage", args.dataset, name, args.results_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    same = {
+        "data_hash": data_hash(adata),
+        "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+        "profile": args.profile,
+        "threads": args.threads,
+    }
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.is_file():
+            old = json.loads(path.read_text())
+            made = old["provenance"]
+            if old["config"] == config.to_dict() and same.items() <= made.items():
+                new = {row["seed"] for row in rows}
+                rows = [row for row in old["rows"] if row["seed"] not in new] + rows
+                rows.sort(key=lambda row: row["seed"])
+                seconds += made["seconds"]
         records.write_record(
             path,
             rows,
             config,
             device=training.resolve_device(args.device),
-            seconds=time.perf_counter() - begun,
-            data_hash=data_hash(adata),
+            seconds=seconds,
             modules=["garage", "published", "metrics", "baselines", "datasets"],
-            script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
-            profile=args.profile,
-            n_seeds=args.seeds,
-            threads=args.threads,
+            n_seeds=len({row["seed"] for row in rows}),
             n_cells=adata.n_obs,
             n_genes=adata.n_vars,
+            **same,
         )
-        print(path.name, f"{len(rows)} rows", flush=True)
+    Path(lock.name).unlink(missing_ok=True)
+    print(path.name, f"{len(rows)} rows", flush=True)
 
 
 def full_size(
-    adata: AnnData, config: GARAGEConfig, args: argparse.Namespace
+    adata: AnnData, config: GARAGEConfig, args: argparse.Namespace, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Fit the published sizes and score them on held-out cells."""
-    rows = []
-    for seed in range(args.seeds):
-        train, test = preprocess.split(adata, seed=seed)
-        model = fit(train, config, seed, args.device)
-        row = form_row("paper profile", model, train, test, seed)
-        rows.append(
-            row
-            | distance_curve(model)
-            | {"n_parameters": sum(model.n_parameters().values())}
-        )
-    return {"paper": rows}
+    train, test = preprocess.split(adata, seed=seed)
+    model = fit(train, config, seed, args.device)
+    row = form_row("paper profile", model, train, test, seed)
+    row |= distance_curve(model)
+    return {"paper": [row | {"n_parameters": sum(model.n_parameters().values())}]}
 
 
 def experiments(
-    adata: AnnData, config: GARAGEConfig, args: argparse.Namespace
+    adata: AnnData, config: GARAGEConfig, args: argparse.Namespace, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Run the seed rules, the dial, the contest and the forms over all seeds."""
+    """Run the seed rules, the dial, the contest and the forms of one seed."""
     tables: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("seeds", "dial", "contest", "forms")
     }
@@ -280,42 +313,41 @@ def experiments(
     settings += [(config.leakage_fraction, rule) for rule in args.rules]
     if args.only_contest:
         settings = [(config.leakage_fraction, "attention")]
-    for seed in range(args.seeds):
-        train, test = preprocess.split(adata, seed=seed)
+    train, test = preprocess.split(adata, seed=seed)
+    if not args.only_contest:
+        tables["seeds"] += seed_rules(train, config, args.weights, seed, args.device)
+    for leak, rule in settings:
+        one = config.replace(leakage_fraction=leak, seed_rule=rule)
+        model = fit(train, one, seed, args.device)
+        cells = model.generate(train.n_obs, seed=seed)
+        rare = model.facts_["rare_types"]
+        row = {
+            "seed": seed,
+            "arm": "GARAGE",
+            "leakage_fraction": leak,
+            "seed_rule": rule,
+            "rare_share": rare_share(cells.obs["cell_type"], rare),
+            **distance_curve(model),
+            "fit_seconds": round(model.fit_seconds_, 1),
+            **score(cells, train, test),
+        }
         if not args.only_contest:
-            tables["seeds"] += seed_rules(train, config, seed, args.device)
-        for leak, rule in settings:
-            one = config.replace(leakage_fraction=leak, seed_rule=rule)
-            model = fit(train, one, seed, args.device)
-            cells = model.generate(train.n_obs, seed=seed)
-            rare = model.facts_["rare_types"]
-            row = {
-                "seed": seed,
-                "arm": "GARAGE",
-                "leakage_fraction": leak,
-                "seed_rule": rule,
-                "rare_share": rare_share(cells.obs["cell_type"], rare),
-                **distance_curve(model),
-                "fit_seconds": round(model.fit_seconds_, 1),
-                **score(cells, train, test),
-            }
-            if not args.only_contest:
-                tables["dial"].append(row)
-            print(args.dataset, row, flush=True)
-            if leak == config.leakage_fraction and rule == "attention":
-                tables["contest"] += rare_contest(model, train, test, seed)
-                usual = form_row("book", model, train, test, seed)
-        if args.only_contest:
-            continue
-        tables["dial"] += controls(train, test, model.genes_, rare, seed)
-        # The published form takes all cells in each batch: small data only.
-        if train.n_obs * len(model.genes_) <= 5e5:
-            tables["forms"].append(usual)
-            for form in ("documented", "published"):
-                other = getattr(GARAGEConfig, form)(args.profile)
-                made = fit(train, other, seed, args.device)
-                tables["forms"].append(form_row(form, made, train, test, seed))
-                print(args.dataset, tables["forms"][-1], flush=True)
+            tables["dial"].append(row)
+        print(args.dataset, row, flush=True)
+        if leak == config.leakage_fraction and rule == "attention":
+            tables["contest"] += rare_contest(model, train, test, seed)
+            usual = form_row("book", model, train, test, seed)
+    if args.only_contest:
+        return {"contest": tables["contest"]}
+    tables["dial"] += controls(train, test, model.genes_, rare, seed)
+    # The published form takes all cells in each batch: small data only.
+    if train.n_obs * len(model.genes_) <= 5e5:
+        tables["forms"].append(usual)
+        for form in ("documented", "published"):
+            other = getattr(GARAGEConfig, form)(args.profile)
+            made = fit(train, other, seed, args.device)
+            tables["forms"].append(form_row(form, made, train, test, seed))
+            print(args.dataset, tables["forms"][-1], flush=True)
     return {name: rows for name, rows in tables.items() if rows}
 
 
