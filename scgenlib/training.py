@@ -183,10 +183,11 @@ def is_flat(history: pd.DataFrame, term: str, phase: str | None = None) -> bool:
     """Say whether a curve has stopped moving.
 
     The mean of its last quarter is held against the mean of the quarter before.
-    The curve is flat when they differ by at most 0.3 of the range of these two
-    quarters (a straight slope gives 0.5, noise around a level about 0.15), or by
-    at most 1 % of the range of the whole curve. Fewer than eight values are never
-    flat.
+    The curve is flat when they differ by at most two standard errors of that
+    difference, or by at most 1 % of the range of the whole curve. Each quarter is
+    cut into at most ten blocks and the standard error is that of the block means,
+    because neighbouring steps of a training run resemble each other. Fewer than
+    eight values are never flat.
     """
     chosen = history["term"] == term
     if phase is not None:
@@ -195,10 +196,14 @@ def is_flat(history: pd.DataFrame, term: str, phase: str | None = None) -> bool:
     if len(values) < 8:
         return False
     quarter = len(values) // 4
-    last, before = values[-quarter:], values[-2 * quarter : -quarter]
-    drift = abs(last.mean() - before.mean())
-    late = np.ptp(values[-2 * quarter :])
-    return bool(drift <= max(0.3 * late, 0.01 * np.ptp(values)))
+    late = values[-2 * quarter :].reshape(2, quarter)
+    blocks = [
+        np.array([part.mean() for part in np.array_split(side, min(10, quarter))])
+        for side in late
+    ]
+    drift = abs(late[1].mean() - late[0].mean())
+    error = np.sqrt(sum(side.var(ddof=1) / len(side) for side in blocks))
+    return bool(drift <= max(2.0 * error, 0.01 * np.ptp(values)))
 
 
 # ------------------------------------------------------------ phases, callbacks

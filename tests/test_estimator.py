@@ -348,6 +348,8 @@ def test_is_flat_tells_a_falling_curve_from_a_settled_one():
     # A large first drop must not hide that the curve still falls.
     still_falling = np.r_[np.full(20, 10.0), np.linspace(1, 0.2, 180)]
     assert not flat(still_falling)
+    # Noise wider than the rise must not hide a rise that its average shows.
+    assert not flat(noise + step / 500)
     assert not flat(np.zeros(4))
 
 
