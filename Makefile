@@ -58,10 +58,11 @@ refresh: .venv/.installed ## execute, then rewrite the outputs stored in book/ (
 strict: .venv/.installed ## clean build of the stored outputs; any warning fails
 	@$(BIN)/python tools/book.py strict
 
-results: .venv/.installed-results ## the recorded runs (CHAPTER=, DATASET=, CORES=), into book/results
+results: .venv/.installed-results ## the recorded runs (CHAPTER=, DATASET=, PROFILE=, SEEDS=, CORES=), into book/results
 	@$(BIN)/snakemake --snakefile experiments/Snakefile --cores $(CORES) \
-	    --rerun-triggers mtime $(if $(CHAPTER)$(DATASET),--config) \
-	    $(if $(CHAPTER),chapter=$(CHAPTER)) $(if $(DATASET),dataset=$(DATASET))
+	    --rerun-triggers mtime $(if $(CHAPTER)$(DATASET)$(PROFILE)$(SEEDS),--config) \
+	    $(if $(CHAPTER),chapter=$(CHAPTER)) $(if $(DATASET),dataset=$(DATASET)) \
+	    $(if $(PROFILE),profile=$(PROFILE)) $(if $(SEEDS),seeds=$(SEEDS))
 
 # Both halves always run; either one failing fails the target.
 test: .venv/.installed ## unit tests, then every notebook against its stored outputs

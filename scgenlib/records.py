@@ -183,10 +183,8 @@ def recorded(
     """Return a recorded run, or None after printing the line that makes one."""
     path = record_path(chapter, dataset, experiment, results_dir)
     if not path.is_file():
-        print(
-            f"Not run yet: {experiment} on {dataset}. To make this record:\n"
-            f"    make results CHAPTER={chapter} DATASET={dataset}"
-        )
+        line = _make_line(chapter, dataset, experiment)
+        print(f"Not run yet: {experiment} on {dataset}. To make this record:\n{line}")
         return None
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -197,10 +195,14 @@ def recorded(
             message(
                 "A recorded run cannot be read",
                 found=path.name,
-                do=f"Delete it and run `make results CHAPTER={chapter} "
-                f"DATASET={dataset}`.",
+                do=f"Delete it and run:\n{_make_line(chapter, dataset, experiment)}",
             )
         ) from error
+
+
+def _make_line(chapter: str, dataset: str, experiment: str) -> str:
+    line = f"    make results CHAPTER={chapter} DATASET={dataset}"
+    return line + " PROFILE=paper SEEDS=1" * (experiment == "paper")
 
 
 def _jsonable(value: Any) -> Any:

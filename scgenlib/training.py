@@ -11,7 +11,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,8 +179,12 @@ class History:
 _HISTORY = ("step", "phase", "term", "value")
 
 
-def is_flat(history: pd.DataFrame, term: str, phase: str | None = None) -> bool:
+def is_flat(
+    history: pd.DataFrame | Sequence[float], term: str = "", phase: str | None = None
+) -> bool:
     """Say whether a curve has stopped moving.
+
+    Give a history with the name of one of its terms, or the values of a curve.
 
     The mean of its last quarter is held against the mean of the quarter before.
     The curve is flat when they differ by at most two standard errors of that
@@ -189,10 +193,12 @@ def is_flat(history: pd.DataFrame, term: str, phase: str | None = None) -> bool:
     because neighbouring steps of a training run resemble each other. Fewer than
     eight values are never flat.
     """
-    chosen = history["term"] == term
-    if phase is not None:
-        chosen &= history["phase"] == phase
-    values = history.loc[chosen, "value"].to_numpy()
+    if isinstance(history, pd.DataFrame):
+        chosen = history["term"] == term
+        if phase is not None:
+            chosen &= history["phase"] == phase
+        history = history.loc[chosen, "value"]
+    values = np.asarray(history, dtype=float)
     if len(values) < 8:
         return False
     quarter = len(values) // 4

@@ -351,6 +351,8 @@ def test_is_flat_tells_a_falling_curve_from_a_settled_one():
     # Noise wider than the rise must not hide a rise that its average shows.
     assert not flat(noise + step / 500)
     assert not flat(np.zeros(4))
+    # A record keeps the values only.
+    assert training.is_flat([2.0, *[1.0] * 20]) and not training.is_flat(range(20))
 
 
 def test_minibatch_makes_only_its_rows_dense(cells):
