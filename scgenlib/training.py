@@ -197,8 +197,9 @@ def is_flat(
         chosen = history["term"] == term
         if phase is not None:
             chosen &= history["phase"] == phase
-        history = history.loc[chosen, "value"]
-    values = np.asarray(history, dtype=float)
+        values = history.loc[chosen, "value"].to_numpy(dtype=float)
+    else:
+        values = np.asarray(history, dtype=float)
     if len(values) < 8:
         return False
     quarter = len(values) // 4
