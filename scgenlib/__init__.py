@@ -11,10 +11,15 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GARAGE": "garage",
     "GARAGEConfig": "garage",
+    "CscGAN": "cscgan",
+    "CscGANConfig": "cscgan",
+    "ScGAN": "cscgan",
+    "ScGANConfig": "cscgan",
 }
 _MODULES = (
     "baselines",
     "chapter",
+    "cscgan",
     "datasets",
     "errors",
     "estimator",

@@ -65,6 +65,7 @@ def gradient_penalty(
     real: Tensor,
     fake: Tensor,
     generator: torch.Generator | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """Two-sided gradient penalty at random points between real and generated cells.
 
@@ -78,13 +79,17 @@ def gradient_penalty(
         Shape (n_cells, n_genes) each.
     generator
         Source of the mixing weights, for a run that repeats.
+    share
+        The weight of `fake` for each cell, shape (n_cells, 1), in place of a draw
+        from 0 to 1: 0 is the real cell, 1 the generated one.
 
     Returns
     -------
     torch.Tensor
         Scalar, still part of the graph.
     """
-    share = torch.rand(len(real), 1, generator=generator, device=real.device)
+    if share is None:
+        share = torch.rand(len(real), 1, generator=generator, device=real.device)
     between = (real + share * (fake - real)).detach().requires_grad_(True)
     scores = critic(between).sum()
     (slope,) = torch.autograd.grad(scores, between, create_graph=True)

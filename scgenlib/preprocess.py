@@ -18,11 +18,16 @@ from scgenlib._matrix import mean_variance
 from scgenlib.errors import ConfigError, DataError, message, unknown
 
 __all__ = [
+    "draw_molecules",
+    "filter_cells_and_genes",
     "filter_genes",
+    "linear_values",
     "normalise",
     "rare_types",
+    "scale_rows",
     "select_genes",
     "split",
+    "train_valid_test",
     "value_scale",
 ]
 
@@ -195,6 +200,101 @@ def _counts_or_X(adata: ad.AnnData) -> tuple[Any, bool]:
     return adata.X, False
 
 
+def linear_values(adata: ad.AnnData) -> sp.csr_matrix:
+    """Return the counts, or X without its logarithm where there are none.
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix
+        float32, cells x genes; the data's own matrix where no change was needed.
+    """
+    X, is_counts = _counts_or_X(adata)
+    X = sp.csr_matrix(X, dtype=np.float32)
+    return X if is_counts else X.expm1()
+
+
+def scale_rows(X: Any, total: float) -> sp.csr_matrix:
+    """Scale every cell to one total, without a logarithm.
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix
+        float32. A cell without any value stays zero.
+    """
+    out = sp.csr_matrix(X, dtype=np.float32, copy=True)
+    sums = _library(out)
+    scale = np.divide(total, sums, out=np.zeros_like(sums), where=sums > 0)
+    out.data *= np.repeat(scale.astype(np.float32), np.diff(out.indptr))
+    return out
+
+
+def draw_molecules(
+    X: Any, totals: np.ndarray, rng: np.random.Generator
+) -> sp.csr_matrix:
+    """Draw whole counts: each cell its number of molecules, genes by their shares.
+
+    Parameters
+    ----------
+    X
+        Cells x genes, not negative; a row's values need not sum to 1.
+    totals
+        Molecules of each cell, shape (n_cells,), whole numbers.
+    rng
+        Source of the random numbers.
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix
+        float32 whole numbers. A row without any value stays empty.
+    """
+    out = sp.csr_matrix(X, dtype=np.float64, copy=True)
+    for i, total in enumerate(totals):
+        part = slice(out.indptr[i], out.indptr[i + 1])
+        share = out.data[part]
+        if share.sum() > 0:
+            out.data[part] = rng.multinomial(int(total), share / share.sum())
+    out.eliminate_zeros()
+    return out.astype(np.float32)
+
+
+def filter_cells_and_genes(
+    adata: ad.AnnData, min_genes: int = 10, min_cells: int = 3
+) -> ad.AnnData:
+    """Drop cells with few genes, then genes seen in few of the cells left.
+
+    Parameters
+    ----------
+    adata
+        Data under the contract.
+    min_genes
+        Fewest genes of a cell.
+    min_cells
+        Fewest cells of a gene.
+
+    Returns
+    -------
+    AnnData
+        A copy.
+
+    Raises
+    ------
+    DataError
+        Nothing is left.
+    """
+    X, _ = _counts_or_X(adata)
+    cells = np.asarray((X > 0).sum(axis=1)).ravel() >= min_genes
+    genes = np.asarray((X[cells] > 0).sum(axis=0)).ravel() >= min_cells
+    if not cells.any() or not genes.any():
+        raise DataError(
+            message(
+                "The filter leaves nothing",
+                found=f"{int(cells.sum())} cells and {int(genes.sum())} genes",
+                do=f"Lower min_genes (now {min_genes}) or min_cells ({min_cells}).",
+            )
+        )
+    return adata[cells, genes].copy()
+
+
 def filter_genes(
     adata: ad.AnnData, min_cells_fraction: float = 0.1, min_value: float = 0.0
 ) -> np.ndarray:
@@ -357,6 +457,77 @@ def split(
             )
         )
     return adata[~held_out].copy(), adata[held_out].copy()
+
+
+def train_valid_test(
+    adata: ad.AnnData,
+    valid_cells: int,
+    test_cells: int = 0,
+    *,
+    label_key: str | None = "cell_type",
+    seed: int = 0,
+) -> ad.AnnData:
+    """Mark each cell as train, valid or test, in numbers and not in shares.
+
+    Parameters
+    ----------
+    adata
+        All cells.
+    valid_cells, test_cells
+        Cells to set aside.
+    label_key
+        Take from each type its share of these, rounded down; the sizes are then a
+        little smaller than asked for. None draws from all cells alike.
+    seed
+        The same seed gives the same split.
+
+    Returns
+    -------
+    AnnData
+        A copy with ``obs["split"]``, and the sizes asked for and found in
+        ``uns["split"]``.
+
+    Raises
+    ------
+    ConfigError
+        A number is negative, or no cell would be left to train on.
+    DataError
+        The label column is absent.
+    """
+    n = adata.n_obs
+    if min(valid_cells, test_cells) < 0 or valid_cells + test_cells >= n:
+        raise ConfigError(
+            message(
+                "valid_cells and test_cells are off",
+                found=f"{valid_cells} and {test_cells}",
+                allowed=f"0 or more, together fewer than the {n} cells",
+            )
+        )
+    if label_key is not None and label_key not in adata.obs:
+        raise unknown("label column", label_key, adata.obs.columns, error=DataError)
+    groups = [np.arange(n)]
+    if label_key is not None:
+        labels = adata.obs[label_key].astype(str).to_numpy()
+        groups = [np.flatnonzero(labels == name) for name in np.unique(labels)]
+    rng = np.random.default_rng(seed)
+    side = np.full(n, "train", dtype=object)
+    for cells in groups:
+        order = rng.permutation(cells)
+        # Whole numbers throughout: 0.15 x 2000 must not become 299.
+        n_test = test_cells * len(cells) // n
+        n_valid = valid_cells * len(cells) // n
+        side[order[:n_test]] = "test"
+        side[order[n_test : n_test + n_valid]] = "valid"
+    out = adata.copy()
+    out.obs["split"] = pd.Categorical(side, ["train", "valid", "test"])
+    found = out.obs["split"].value_counts()
+    out.uns["split"] = {
+        "asked": {"valid": valid_cells, "test": test_cells},
+        "found": {name: int(found[name]) for name in ("train", "valid", "test")},
+        "seed": seed,
+        "by_type": label_key is not None,
+    }
+    return out
 
 
 def rare_types(

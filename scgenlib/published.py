@@ -2,12 +2,12 @@
 
 Each function is one difference, small enough to read, and names where it was seen:
 repository, commit, file. Chapters show the effect; the methods stay free of it.
-
-The paths below are those of RitwikGanguly/GARAGE.
+Paths without a repository are those of RitwikGanguly/GARAGE.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,13 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
+from scgenlib.cscgan import CscGANConfig, ScGANConfig
+from scgenlib.errors import ConfigError, message, unknown
 from scgenlib.garage import seed_count
 from scgenlib.nets import mlp
 
 __all__ = [
+    "SCGAN_PARAMETERS",
     "Discriminator",
     "degree_scores",
     "edge_index_scores",
@@ -26,6 +29,8 @@ __all__ = [
     "lowest_fano_genes",
     "misaligned_scores",
     "rare_utility_sizes",
+    "scgan_config",
+    "sorted_ratios",
 ]
 
 
@@ -169,3 +174,116 @@ def rare_utility_sizes(n_cells: int, n_rare: int) -> dict[str, int]:
         "n_seeds": seed_count(n_train, 0.2),
         "n_generated": 10 * rare_train,
     }
+
+
+# ------------------------------------------------------- scGAN and cscGAN
+
+
+def sorted_ratios(ratios: Mapping[str, float]) -> list[float]:
+    """Return the class shares in the order in which they are sampled: largest first.
+
+    imsb-uke/scGAN, commit 0fc1bdf: shares are ordered by class and then sorted by
+    size, and cell i of the result gets class i. That is right only where the classes
+    are numbered by falling size, as Louvain clusters are and labels need not be.
+    """
+    return sorted(ratios.values(), reverse=True)
+
+
+#: Entry of the published parameter file (imsb-uke/scGAN, parameters.json) -> field of
+#: `ScGANConfig` or `CscGANConfig`, or the argument that takes its place.
+SCGAN_PARAMETERS = {
+    "input_ds.clustering.res": "clustering_res",
+    "input_ds.filtering.min_cells": "min_cells",
+    "input_ds.filtering.min_genes": "min_genes",
+    "input_ds.raw_input": "fit(adata)",
+    "input_ds.scale": "target_sum",
+    "input_ds.split.balanced_split": "balanced_split",
+    "input_ds.split.split_seed": "split_seed",
+    "input_ds.split.test_cells": "test_cells",
+    "input_ds.split.valid_cells": "valid_cells",
+    "training.batch_size": "batch_size",
+    "training.checkpoint": "fit(checkpoint_dir, resume)",
+    "training.critic_iters": "critic_updates",
+    "training.learning_rate.alpha_0": "alpha_0",
+    "training.learning_rate.alpha_final": "alpha_final",
+    "training.learning_rate.decay": "decay",
+    "training.max_steps": "max_steps",
+    "training.optimizer.algorithm": "algorithm",
+    "training.optimizer.beta1": "beta1",
+    "training.optimizer.beta2": "beta2",
+    "training.progress_freq": "the progress bar",
+    "training.save_freq": "save_freq",
+    "training.summary_freq": "summary_freq",
+    "training.validation_freq": "validation_freq",
+    "model.type": "ScGAN or CscGAN",
+    "model.latent_dim": "latent_dim",
+    "model.output_LSN": "output_lsn",
+    "model.lambd": "lambd",
+    "model.critic_layers": "critic_layers",
+    "model.gen_layers": "gen_layers",
+    "model.critic_cond_type": "critic_cond_type",
+    "model.gen_cond_type": "gen_cond_type",
+}
+
+
+def scgan_config(
+    parameters: Mapping[str, Any], **overrides: Any
+) -> ScGANConfig | CscGANConfig:
+    """Read one experiment of a published parameter file.
+
+    Parameters
+    ----------
+    parameters
+        The dictionary of one experiment: the keys ``input_ds``, ``training`` and
+        ``model`` of parameters.json.
+    **overrides
+        Fields to set in place of the file's.
+
+    Returns
+    -------
+    ScGANConfig or CscGANConfig
+        By the entry ``model.type``. Rates and counts are the file's own; see
+        `ScGANConfig.published` for the number of critic updates.
+
+    Raises
+    ------
+    ConfigError
+        An entry is unknown, or its value cannot be read.
+    """
+    entries = dict(_flat(parameters))
+    kinds = {"scGAN": ScGANConfig, "cscGAN": CscGANConfig}
+    kind = entries.get("model.type", "cscGAN")
+    if kind not in kinds:
+        raise unknown("model.type", kind, kinds)
+    fields = set(kinds[kind].table().index)
+    values: dict[str, Any] = {}
+    for key, value in entries.items():
+        if key not in SCGAN_PARAMETERS:
+            raise unknown("entry of the parameter file", key, SCGAN_PARAMETERS)
+        name = SCGAN_PARAMETERS[key]
+        if name == "target_sum":
+            value = _total_in(value)
+        elif name == "split_seed" and value == "default":
+            value = 0
+        if name in fields:
+            values[name] = value
+    return kinds[kind].from_dict({**values, **overrides})
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield above + key, value
+
+
+def _total_in(scale: Any) -> float:
+    """Return the total that a text such as normalize_per_cell_LS_20000 ends in."""
+    head, _, total = str(scale).rpartition("_")
+    if head != "normalize_per_cell_LS" or not total.isdigit():
+        allowed = "normalize_per_cell_LS_<total>"
+        raise ConfigError(
+            message("The scale cannot be read", found=scale, allowed=allowed)
+        )
+    return float(total)

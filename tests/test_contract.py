@@ -43,6 +43,8 @@ CASES = [
             "select_seeds": lambda model, adata: model.select_seeds(),
         },
     ),
+    Case("ScGAN", {"generate": lambda model, adata: model.generate(25, seed=3)}),
+    Case("CscGAN", {"generate": lambda model, adata: model.generate(25, seed=3)}),
 ]
 
 
