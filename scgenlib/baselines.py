@@ -47,8 +47,7 @@ def copy_cells(
     label_key
         Column of `train.obs` with the type.
     """
-    pool, types = _pool(train, n, label, label_key)
-    rng = np.random.default_rng(seed)
+    rng, pool, types = _begin(train, n, seed, label, label_key)
     rows = _draw(rng, pool.shape[0], n)
     return _cells(train, pool[rows], types[rows], "copy", label_key, seed, label=label)
 
@@ -75,8 +74,7 @@ def jitter(
     """
     if not sd >= 0:
         raise ConfigError(message("The noise", found=sd, allowed="at least 0"))
-    pool, types = _pool(train, n, label, label_key)
-    rng = np.random.default_rng(seed)
+    rng, pool, types = _begin(train, n, seed, label, label_key)
     rows = _draw(rng, pool.shape[0], n)
     values = pool[rows].copy()
     noise = rng.normal(0, sd, len(values.data)).astype(np.float32)
@@ -110,8 +108,7 @@ def smote(
     """
     if k < 1:
         raise ConfigError(message("SMOTE's neighbours", found=k, allowed="at least 1"))
-    pool, types = _pool(train, n, label, label_key)
-    rng = np.random.default_rng(seed)
+    rng, pool, types = _begin(train, n, seed, label, label_key)
     rows = _draw(rng, pool.shape[0], n)
     mates = rows.copy()
     for name in np.unique(types[rows]):
@@ -150,8 +147,7 @@ def shuffle_genes(
     train, n, seed, label, label_key
         As in `copy_cells`.
     """
-    pool, types = _pool(train, n, label, label_key)
-    rng = np.random.default_rng(seed)
+    rng, pool, types = _begin(train, n, seed, label, label_key)
     columns = sp.csc_matrix(pool)
     width = max(1, 10_000_000 // max(n, pool.shape[0]))  # genes made dense at a time
     parts = []
@@ -185,7 +181,7 @@ def pc_gaussian(
     n_pcs
         Principal components; at most one fewer than there are cells or genes.
     """
-    pool, types = _pool(train, n, label, label_key)
+    rng, pool, types = _begin(train, n, seed, label, label_key)
     if n * pool.shape[1] * 4 > 1e9:
         raise DataError(
             message(
@@ -194,7 +190,6 @@ def pc_gaussian(
                 do="Draw them in several calls with different seeds.",
             )
         )
-    rng = np.random.default_rng(seed)
     n_pcs = min(n_pcs, min(pool.shape) - 1)
     if n_pcs < 1:
         raise DataError(
@@ -217,10 +212,10 @@ def pc_gaussian(
     return _cells(train, values, drawn, "PC-Gaussian", label_key, seed, **about)
 
 
-def _pool(
-    train: AnnData, n: int, label: str | None, label_key: str
-) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Return the values and types of the cells that may be used."""
+def _begin(
+    train: AnnData, n: int, seed: int, label: str | None, label_key: str
+) -> tuple[np.random.Generator, sp.csr_matrix, np.ndarray]:
+    """Return random numbers, and values and types of the cells that may be used."""
     if n < 1:
         raise ConfigError(message("Cells to generate", found=n, allowed="at least 1"))
     if label_key not in train.obs:
@@ -238,7 +233,7 @@ def _pool(
                 allowed="at least 0",
             )
         )
-    return values, types[rows]
+    return np.random.default_rng(seed), values, types[rows]
 
 
 def _draw(rng: np.random.Generator, size: int, n: int) -> np.ndarray:

@@ -31,6 +31,7 @@ from scgenlib.records import (
     results_root,
     versions,
 )
+from scgenlib.words import say
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,7 @@ __all__ = [
     "read_parameters",
     "recorded",
     "run_card",
+    "say",
     "start",
 ]
 
@@ -183,7 +185,7 @@ def start(
         adata = datasets.load(dataset)
         card = card_of(adata)
         if dataset != written_for:
-            print(
+            say(
                 f"The text was written for {written_for!r}; on {dataset!r} the "
                 "figures and verdicts may differ from what it leads you to expect."
             )
@@ -380,7 +382,7 @@ def _results_dir(value: str | os.PathLike[str] | None) -> Path:
 
 
 def claim(sentence: str, condition: Any) -> bool:
-    """Print whether `sentence` holds, in one line that nbval can compare.
+    """Print whether `sentence` holds, in a form that nbval can compare.
 
     Parameters
     ----------
@@ -405,7 +407,7 @@ def claim(sentence: str, condition: Any) -> bool:
             )
         )
     _claims.append((sentence, value))
-    print(f"{'holds' if value else 'does not hold':<13}  | {sentence}")
+    say(f"{'holds' if value else 'does not hold':<13}  | {sentence}", indent=17)
     return value
 
 
@@ -425,13 +427,13 @@ def run_card(run: Run) -> None:
 
         used = torch.cuda.max_memory_allocated(run.device) / 1e6
         print(f"          {used:.0f} MB on the device")
-    print("versions  " + ", ".join(f"{name} {v[name]}" for name in v))
+    say("versions  " + ", ".join(f"{name} {v[name]}" for name in v), indent=10)
     print(f"code      {code_hash(loaded)[:16]}")
     if run.adata is not None:
         from scgenlib.estimator import data_hash
 
-        print(f"data      {data_hash(run.adata)[:16]} ({run.dataset})")
+        say(f"data      {data_hash(run.adata)[:16]} ({run.dataset})", indent=10)
     print(f"claims    {kept} hold, {len(_claims) - kept} do not hold")
     for sentence, verdict in _claims:
         if not verdict:
-            print(f"          does not hold: {sentence}")
+            say(f"          does not hold: {sentence}", indent=25)

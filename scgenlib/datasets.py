@@ -32,6 +32,7 @@ from scgenlib.errors import (
 )
 from scgenlib.errors import unknown as unknown_error
 from scgenlib.preprocess import normalise
+from scgenlib.words import say
 
 __all__ = ["card", "check_anndata", "fetch", "list", "load", "names", "verify"]
 
@@ -380,7 +381,7 @@ def load(
     data_dir
         Folder of files already at hand; None takes SCGENLIB_DATA_DIR.
     verbose
-        Print one line about what was loaded.
+        Print one sentence about what was loaded.
 
     Returns
     -------
@@ -421,7 +422,7 @@ def load(
         _compare(adata, manifest, own_labels=label_key is None)
     check_anndata(adata, label_key="cell_type")
     if verbose:
-        print(_line(adata))
+        say(_line(adata))
     return adata
 
 
@@ -515,12 +516,12 @@ def _compare(adata: ad.AnnData, manifest: Mapping[str, Any], own_labels: bool) -
                     do="The file, the reader or the manifest has changed.",
                 )
             )
-        print(f"{manifest['name']}: {field} is {value}, not {manifest[field]}")
+        say(f"{manifest['name']}: {field} is {value}, not {manifest[field]}")
         adata.uns["dataset"][field] = value
 
 
 def _line(adata: ad.AnnData) -> str:
-    """Return the line that `load` prints."""
+    """Return the sentence that `load` prints."""
     facts = adata.uns["dataset"]
     what = "counts" if "counts" in adata.layers else facts["value_scale"]
     if facts["simulated"]:

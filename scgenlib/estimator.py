@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import time
 import types
 import typing
@@ -32,6 +29,7 @@ from scgenlib.errors import (
     message,
     unknown,
 )
+from scgenlib.files import atomic
 from scgenlib.nets import count_parameters
 
 __all__ = ["Config", "Estimator", "data_hash", "option"]
@@ -450,19 +448,9 @@ class Estimator:
                     do="Choose a new folder.",
                 )
             )
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-            earlier = part.with_name(part.name + "-earlier")
-        except OSError as error:
-            raise OutputError(
-                message(
-                    "The folder cannot be written",
-                    found=str(folder),
-                    do=f"{error.strerror}: choose a place that you may write to.",
-                )
-            ) from error
-        try:
+        advice = "Choose a place with room that you may write to."
+        with atomic(folder, "The model cannot be written", advice) as part:
+            part.mkdir()
             tensors = part / "model.safetensors"
             training.write_tensors(tensors, self._state_tensors(), self._identity())
             self._history.frame().to_csv(part / "history.csv", index=False)
@@ -481,24 +469,6 @@ class Estimator:
                 "fit_device": str(self.device_),
             }
             (part / "config.json").write_text(json.dumps(about, indent=1))
-            part.chmod(0o755)
-            if folder.exists():
-                os.replace(folder, earlier)
-            os.replace(part, folder)
-        except OSError as error:
-            raise OutputError(
-                message(
-                    "The model could not be saved",
-                    found=str(folder),
-                    do=f"{error.strerror}: check the free space.",
-                )
-            ) from error
-        finally:
-            # Also after Ctrl-C: the earlier model goes only when the new one is there.
-            if earlier.exists() and not folder.exists():
-                os.replace(earlier, folder)
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.rmtree(earlier, ignore_errors=True)
         return folder
 
     @classmethod

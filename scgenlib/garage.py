@@ -20,6 +20,7 @@ from anndata import AnnData
 from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from scgenlib.contract import card_of
 from scgenlib.errors import ConfigError, DataError, message, unknown
@@ -81,27 +82,21 @@ class GARAGEConfig(Config):
     }
 
     # The cell graph and the GAT.
-    n_genes: int | None = option(
-        None, "genes chosen on training cells; None: all that pass the card", low=1
-    )
+    n_genes: int | None = option(None, "genes to choose; None: as the card says", low=1)
     n_neighbors: int = option(5, "neighbours of a cell, itself included", low=1)
     gat_epochs: int = option(7501, "full-batch epochs of the GAT", low=0)
     gat_hidden: int = option(32, "units per attention head", low=1)
     gat_heads: int = option(8, "attention heads of the first layer", low=1)
     gat_lr: float = option(5e-3, "learning rate of the GAT", above=0)
     negative_slope: float = option(0.2, "leaky ReLU inside the attention", low=0)
-    priority_weight: float = option(
-        2.0, "the GAT multiplies rows of rare cells by 1 + this", low=0
-    )
+    priority_weight: float = option(2.0, "rare rows of the GAT times 1 + this", low=0)
     rare_threshold: int | None = option(
         None, "fewer cells are rare; None: the card's, else under 5 %", low=1
     )
     rare_rule: str = option("<", "how the threshold is read", choices=("<", "<="))
     # The seeds.
     seed_rule: str = option(
-        "attention",
-        "how seeds are chosen",
-        choices=("attention", "random", "rare-first"),
+        "attention", "who is a seed", choices=("attention", "random", "rare-first")
     )
     leakage_fraction: float = option(
         0.2, "share of seed cells, of all cells and in each batch", low=0, high=1
@@ -121,9 +116,7 @@ class GARAGEConfig(Config):
         "relu", "last layer of G", choices=("sigmoid", "relu", "linear")
     )
     scaling: str = option(
-        "global",
-        "divide by the largest value: of each gene, of all, or not",
-        choices=("gene", "global", "none"),
+        "global", "divide by the largest value", choices=("gene", "global", "none")
     )
     noise: str = option("normal", "of G's input", choices=("normal", "uniform"))
     batch_size: int | None = option(
@@ -312,7 +305,7 @@ def _unit(slope: float) -> Any:
 
 def discriminator_step(
     discriminator: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimiser: Optimizer,
     real: Tensor,
     fake: Tensor,
     *,
@@ -341,7 +334,7 @@ def discriminator_step(
 def generator_step(
     generator: nn.Module,
     discriminator: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimiser: Optimizer,
     batch: Tensor,
     *,
     clip_norm: float | None = None,
@@ -360,10 +353,7 @@ def generator_step(
 
 
 def _update(
-    net: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    loss: Tensor,
-    clip_norm: float | None = None,
+    net: nn.Module, optimiser: Optimizer, loss: Tensor, clip_norm: float | None = None
 ) -> Tensor:
     parameters = list(net.parameters())
     optimiser.zero_grad()
@@ -544,28 +534,23 @@ class GARAGE(Estimator):
             self.__dict__.pop(name, None)
 
     def _scaled_seeds(self) -> Tensor:
-        scaled = self.arrays_["seed_rows"] / self.arrays_["scale"]
-        return scaled.to(self.device_)
+        return (self.arrays_["seed_rows"] / self.arrays_["scale"]).to(self.device_)
 
     def _gan_step(self, step: int) -> dict[str, Tensor]:
         c, players = self.config, ("generator", "discriminator")
         generator, discriminator = (self.modules_[name] for name in players)
         of_g, of_d = (self.optimisers_[name] for name in players)
         whole, clip = c.batch_size is None, c.clip_norm
+        aims = {"real_target": c.label_smooth_real, "fake_target": c.label_smooth_fake}
         real = self._real_cells()
         inputs = [self._input() for _ in range(1 if whole else c.nd_steps)]
         # G does not change while D learns: one pass makes the cells of all D updates.
         with torch.no_grad():
             fake = generator(torch.cat(inputs)).chunk(len(inputs))
         for i in range(c.nd_steps):
+            x, made = real[i % len(real)], fake[i % len(fake)]
             d_loss = discriminator_step(
-                discriminator,
-                of_d,
-                real[i % len(real)],
-                fake[i % len(fake)],
-                real_target=c.label_smooth_real,
-                fake_target=c.label_smooth_fake,
-                clip_norm=clip,
+                discriminator, of_d, x, made, **aims, clip_norm=clip
             )
         for _ in range(c.ng_steps):
             z = inputs[0] if whole else self._input()
@@ -584,17 +569,11 @@ class GARAGE(Estimator):
 
     def _input(self) -> Tensor:
         """Return one batch of the generator's input."""
-        c, picks = self.config, None
+        c, seeds, picks = self.config, self._seeds, None
         if c.batch_size is None:  # every seed once, in order
-            picks = torch.arange(len(self._seeds), device=self.device_)
-        return mixed_batch(
-            c.batch_size or self.n_cells_,
-            self._seeds,
-            c.leakage_fraction,
-            noise=c.noise,
-            generator=self.rng_,
-            picks=picks,
-        )[0]
+            picks = torch.arange(len(seeds), device=self.device_)
+        n, leak, rng = c.batch_size or self.n_cells_, c.leakage_fraction, self.rng_
+        return mixed_batch(n, seeds, leak, noise=c.noise, generator=rng, picks=picks)[0]
 
     # ----- what a fitted model offers
 

@@ -1,8 +1,7 @@
 """Every figure style of the book.
 
-Each function draws one figure, returns its axes and never shows it. It also keeps
-a few sentences read from the data, which `describe` prints: a figure that is told
-in words stays true on other cells and reaches readers who cannot see it.
+Each function draws one figure, returns its axes and never shows it. What it shows
+in words, read from the data, is kept for `describe`.
 """
 
 from __future__ import annotations
@@ -10,15 +9,27 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from scipy import sparse
 
 from scgenlib.errors import DataError, unknown
+from scgenlib.figure import (
+    COLOURS,
+    GENERATED,
+    REAL,
+    Style,
+    describe,
+    legend,
+    new_axes,
+    palette,
+    plane,
+    points,
+    rounded,
+    tell,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -41,107 +52,6 @@ __all__ = [
     "palette",
     "scatter_types",
 ]
-
-# Okabe and Ito's colours for all kinds of colour vision, without the yellow that
-# fades on white, then Tol's muted ones; markers tell types apart without colour.
-_COLOURS = (
-    *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"),
-    *("#882255", "#999933", "#332288", "#44AA99", "#AA4499"),
-)
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-REAL = "#8A8A8A"
-GENERATED = "#D55E00"
-_words: WeakKeyDictionary[Axes, list[str]] = WeakKeyDictionary()
-
-Style = tuple[str, str]
-
-
-# --- shared ---------------------------------------------------------------------
-
-
-def new_axes(
-    rows: int = 1,
-    columns: int = 1,
-    size: tuple[float, float] = (6.0, 3.6),
-    **options: Any,
-) -> Any:
-    """Return the axes of a new figure in the book's style.
-
-    Parameters
-    ----------
-    rows, columns
-        Grid of panels.
-    size
-        Width and height of the whole figure in inches.
-    **options
-        For `matplotlib.pyplot.subplots`, such as `sharex=True`.
-
-    Returns
-    -------
-    matplotlib.axes.Axes or numpy.ndarray of them
-    """
-    # Loading a notebook's backend switches drawing on. Inside the context that would
-    # be undone, and only the first figure would be shown; so load it before.
-    plt.draw_if_interactive()
-    # An opaque white ground, so that a dark page does not swallow the labels.
-    figure, axes = plt.subplots(
-        rows, columns, figsize=size, facecolor="white", layout="constrained", **options
-    )
-    for ax in figure.axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=9)
-    return axes
-
-
-def palette(labels: Sequence[str] | pd.Series) -> dict[str, Style]:
-    """Return one (colour, marker) per cell type, by the sorted list of types.
-
-    Make it once from all types of a data set and hand it to every figure, so that
-    a type keeps its look where another type is missing.
-    """
-    types = sorted({str(label) for label in labels})
-    n = len(_COLOURS)
-    return {
-        name: (_COLOURS[i % n], _MARKERS[i % len(_MARKERS)])
-        for i, name in enumerate(types)
-    }
-
-
-def describe(axes: Axes | np.ndarray) -> None:
-    """Print in words what a figure of this module shows, read from its data."""
-    for ax in np.ravel(np.asarray(axes, dtype=object)):
-        for sentence in _words.get(ax, []):
-            print(sentence)
-
-
-def _tell(ax: Axes, *sentences: str) -> None:
-    _words[ax] = list(sentences)
-
-
-def _round(value: float) -> str:
-    """Return two significant digits, without an exponent for usual sizes."""
-    if not np.isfinite(value):
-        return "undefined"
-    if value == 0:
-        return "0"
-    digits = max(0, 1 - int(np.floor(np.log10(abs(value)))))
-    return f"{round(value, digits):,.{min(digits, 4)}f}"
-
-
-def _points(ax: Axes, xy: np.ndarray, style: Style, **options: Any) -> None:
-    settings: dict[str, Any] = {"s": 14, "alpha": 0.8, "linewidths": 0} | options
-    ax.scatter(xy[:, 0], xy[:, 1], color=style[0], marker=style[1], **settings)
-
-
-def _plane(ax: Axes, names: tuple[str, str], ticks: bool = False) -> None:
-    ax.set(xlabel=names[0], ylabel=names[1])
-    if not ticks:
-        ax.set(xticks=[], yticks=[])
-
-
-def _legend(ax: Axes, **options: Any) -> None:
-    settings = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} | options
-    ax.legend(frameon=False, fontsize=8, **settings)
 
 
 # --- cells in a plane -----------------------------------------------------------
@@ -177,18 +87,18 @@ def scatter_types(
     ax = new_axes() if ax is None else ax
     counts = pd.Series(types).value_counts()
     for name in sorted(counts.index):
-        _points(ax, xy[types == name], styles[name], label=f"{name} ({counts[name]})")
-    _plane(ax, names, ticks)
+        points(ax, xy[types == name], styles[name], label=f"{name} ({counts[name]})")
+    plane(ax, names, ticks)
     ax.set_title(title, fontsize=10)
-    _legend(ax, title="type (cells)", markerscale=1.6)
+    legend(ax, title="type (cells)", markerscale=1.6)
     text = f"{len(types)} cells of {len(counts)} types"
     text += f"; most are {counts.index[0]} ({counts.iloc[0]})"
-    _tell(ax, f"{text}, fewest {counts.index[-1]} ({counts.iloc[-1]}).")
+    tell(ax, f"{text}, fewest {counts.index[-1]} ({counts.iloc[-1]}).")
     return ax
 
 
 def fit_map(
-    train: AnnData, *, n_pcs: int = 30, n_neighbors: int = 15, seed: int = 0
+    train: AnnData, *, n_pcs: int = 30, seed: int = 0
 ) -> Callable[[AnnData], np.ndarray]:
     """Fit PCA and UMAP on real training cells; return the map for any cells.
 
@@ -208,7 +118,7 @@ def fit_map(
         warnings.simplefilter("ignore")
         import umap
 
-        reducer = umap.UMAP(n_neighbors, min_dist=0.3, random_state=seed, n_jobs=1)
+        reducer = umap.UMAP(n_neighbors=15, min_dist=0.3, random_state=seed, n_jobs=1)
         scores = pca.fit_transform(train.X)
         fitted = np.array(reducer.fit_transform(scores))
         # Training cells never yield when `transform` places new ones, so at full
@@ -271,21 +181,27 @@ def embedding(
         panels[title] = (place(cells), cells.obs[label_key].astype(str).to_numpy())
     for ax, (title, (xy, labels)) in zip(axes, panels.items(), strict=True):
         if xy is not ground:
-            _points(ax, ground, ("#DDDDDD", "o"), s=8)
+            points(ax, ground, ("#DDDDDD", "o"), s=8)
         for name in sorted(styles):
             if (labels == name).any():
-                _points(ax, xy[labels == name], styles[name])
-        _plane(ax, ("UMAP 1", "UMAP 2"))
+                points(ax, xy[labels == name], styles[name])
+        plane(ax, ("UMAP 1", "UMAP 2"))
         ax.set_title(f"{title}: {len(xy)} cells", fontsize=10)
         share = pd.Series(labels).value_counts(normalize=True)
         top = ", ".join(f"{n} {100 * v:.0f} %" for n, v in share.head(3).items())
-        _tell(ax, f"{title}: {len(xy)} cells of {len(share)} types, mostly {top}.")
+        tell(ax, f"{title}: {len(xy)} cells of {len(share)} types, mostly {top}.")
     for ax in axes[1:]:
         ax.set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
     for name in sorted(set(real)):
-        _points(axes[-1], np.full((1, 2), np.nan), styles[name], label=name)
-    _legend(axes[-1], markerscale=1.6)
+        points(axes[-1], np.full((1, 2), np.nan), styles[name], label=name)
+    legend(axes[-1], markerscale=1.6)
     return axes
+
+
+_MET = (
+    "A real cell is met when a generated cell is nearer to it than its fifth real "
+    "neighbour."
+)
 
 
 def filmstrip(
@@ -296,6 +212,9 @@ def filmstrip(
     unit: str = "step",
 ) -> np.ndarray:
     """Draw generated cells at several training steps on the same axes.
+
+    The axes are those of the real cells, so that the panels can be compared. A
+    panel says how many generated cells lie beyond them.
 
     Parameters
     ----------
@@ -308,21 +227,25 @@ def filmstrip(
 
     axes = new_axes(1, len(snapshots), (2.0 * len(snapshots), 2.3), squeeze=False)[0]
     near = NearestNeighbors(n_neighbors=6).fit(real).kneighbors(real)[0][:, 5]
-    low, high = real.min(axis=0), real.max(axis=0)
-    pad = 0.15 * (high - low)
+    pad = 0.15 * np.ptp(real, axis=0)
+    low, high = real.min(axis=0) - pad, real.max(axis=0) + pad
     for ax, (step, cells) in zip(axes, snapshots.items(), strict=True):
-        _points(ax, real, ("#CCCCCC", "o"), s=7)
-        _points(ax, cells, (GENERATED, "^"), s=9)
-        _plane(ax, names)
-        ax.set(xlim=(low[0] - pad[0], high[0] + pad[0]))
-        ax.set(ylim=(low[1] - pad[1], high[1] + pad[1]), title=f"{unit} {step:,}")
+        points(ax, real, ("#CCCCCC", "o"), s=7)
+        points(ax, cells, (GENERATED, "^"), s=9)
+        plane(ax, names)
+        ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title=f"{unit} {step:,}")
         gap = NearestNeighbors(n_neighbors=1).fit(cells).kneighbors(real)[0][:, 0]
-        share = 100 * float((gap <= near).mean())
-        _tell(
-            ax,
-            f"{unit} {step:,}: {share:.0f} % of the real cells have a generated cell "
-            "nearer than their fifth real neighbour.",
-        )
+        text = f"{unit} {step:,}: {100 * float((gap <= near).mean()):.0f} % met"
+        outside = int(((cells < low) | (cells > high)).any(axis=1).sum())
+        if outside:
+            count = f"{outside} of" if outside < len(cells) else "all"
+            text += f"; {count} {len(cells)} generated cells lie outside the panel"
+            note = f"{count} {len(cells)} outside"
+            ground = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
+            place = {"transform": ax.transAxes, "ha": "center", "bbox": ground}
+            ax.text(0.5, 0.03, note, fontsize=8, **place)
+        lead = [_MET] if ax is axes[0] else []
+        tell(ax, *lead, text + ".")
     for ax in axes[1:]:
         ax.set_ylabel("")
     return axes
@@ -358,18 +281,18 @@ def learning_curves(
     sentences = []
     for i, term in enumerate(terms or known):
         curve = history[history["term"] == term]
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
         ax.plot(curve["step"], curve["value"], color=colour, lw=1.3, label=term)
         tail = max(1, len(curve) // 10)
         first, last = curve["value"].head(tail).mean(), curve["value"].tail(tail).mean()
-        sentences.append(f"{term}: from {_round(first)} to {_round(last)}.")
+        sentences.append(f"{term}: from {rounded(first)} to {rounded(last)}.")
     for name, value in (landmarks or {}).items():
         ax.axhline(value, color="#555555", lw=0.9, ls="--")
         x = ax.get_xlim()[1]
         ax.annotate(name, (x, value), ha="right", va="bottom", fontsize=8)
     ax.set(xlabel="training step", ylabel=unit)
-    _legend(ax)
-    _tell(ax, *sentences)
+    legend(ax)
+    tell(ax, *sentences)
     return ax
 
 
@@ -399,14 +322,14 @@ def dial(
         len(labels), 1, (5.6, 2.1 * len(labels)), sharex=True, squeeze=False
     )
     for i, (ax, (y, label)) in enumerate(zip(axes[:, 0], labels.items(), strict=True)):
-        colour = _COLOURS[(0, 3, 2, 4)[i % 4]]
+        colour = COLOURS[(0, 3, 2, 4)[i % 4]]
         mean = table.groupby(x)[y].mean()
         ax.plot(mean.index, mean, color=colour, lw=1.5)
         ax.scatter(table[x], table[y], color=colour, s=14, alpha=0.7, linewidths=0)
         ax.set_ylabel(label)
         best, worst = mean.idxmax(), mean.idxmin()
-        ends = f"{_round(mean.iloc[0])} to {_round(mean.iloc[-1])}"
-        _tell(
+        ends = f"{rounded(mean.iloc[0])} to {rounded(mean.iloc[-1])}"
+        tell(
             ax,
             f"{label}: {ends} as {xlabel or x} goes from {mean.index[0]} to "
             f"{mean.index[-1]}; highest at {best}, lowest at {worst} (means).",
@@ -423,10 +346,15 @@ def contest(
     label: str | None = None,
     floor: Sequence[float] | None = None,
     ceiling: Sequence[float] | None = None,
+    floor_name: str = "floor",
+    ceiling_name: str = "real against real",
     order: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw every seed of every arm as a dot, with floor and ceiling as bands.
+
+    A bar marks the median of an arm. Dots of one arm lie a little apart, in the
+    order of the table, so that equal seeds do not hide each other.
 
     Parameters
     ----------
@@ -439,30 +367,47 @@ def contest(
     floor, ceiling
         Values over the seeds of what anything should beat, and of real cells
         against real cells; each is drawn as a band from its smallest to largest.
+    floor_name, ceiling_name
+        Names of the two bands.
     order
         Arms from top to bottom; by median when left out.
     """
     medians = table.groupby(arm, observed=True)[metric].median()
     names = list(order or medians.sort_values(ascending=False).index)
     ax = new_axes(size=(6.2, 0.9 + 0.36 * len(names))) if ax is None else ax
-    bands = {"floor": (floor, "#F0C9A8"), "real against real": (ceiling, "#B9D8EC")}
-    for name, (values, colour) in bands.items():
-        if values is not None and len(values):
-            low, high = float(np.min(values)), float(np.max(values))
-            pad = 0.003 * (high == low)
-            ax.axvspan(low - pad, high + pad, color=colour, lw=0, label=name)
+    ranks = "; ".join(f"{n} {rounded(medians[n])}" for n in names)
+    sentences = [f"{label or metric}, median over the dots: {ranks}."]
+    bands = (  # told apart without colour too
+        (floor_name, floor, "#F0C9A8", "//"),
+        (ceiling_name, ceiling, "#B9D8EC", ""),
+    )
+    for name, band, colour, hatch in bands:
+        if band is None or not len(band):
+            continue
+        low, high = float(np.min(band)), float(np.max(band))
+        pad = 0.004 * (float(np.ptp(table[metric])) or 1.0) * (high == low)
+        low_high = (low - pad, high + pad)
+        ax.axvspan(*low_high, fc=colour, ec="white", hatch=hatch, lw=0, label=name)
+        sides = {
+            "Above": [n for n in names if medians[n] > high],
+            "Within": [n for n in names if low <= medians[n] <= high],
+            "Below": [n for n in names if medians[n] < low],
+        }
+        where = [f"{s} it: {'; '.join(arms)}." for s, arms in sides.items() if arms]
+        reach = rounded(low) + (f" to {rounded(high)}" if high > low else "")
+        sentences.append(f"The band ({name}): {reach}. {' '.join(where)}")
     for row, name in enumerate(names):
         values = table.loc[table[arm] == name, metric].to_numpy(float)
-        ax.scatter(values, np.full(len(values), row), s=16, alpha=0.8, color="#0072B2")
+        apart = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else np.zeros(1)
+        ax.scatter(values, row + apart, s=16, alpha=0.8, color="#0072B2")
         ax.plot([medians[name]] * 2, [row - 0.3, row + 0.3], color="black", lw=1.6)
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel=label or metric)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(axis="x", color="#E5E5E5", lw=0.6)
     ax.set_axisbelow(True)
     if ax.get_legend_handles_labels()[0]:
-        _legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
-    ranks = ", ".join(f"{n} {_round(medians[n])}" for n in names)
-    _tell(ax, f"{label or metric}, median over the dots: {ranks}.")
+        legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
+    tell(ax, *sentences)
     return ax
 
 
@@ -472,21 +417,20 @@ def bars(
     base: float | None = None,
     base_name: str = "base rate",
     label: str = "value",
-    ax: Axes | None = None,
 ) -> Axes:
     """Draw one horizontal bar per entry, with a base-rate line to compare to."""
-    ax = new_axes(size=(6, 0.9 + 0.28 * len(values))) if ax is None else ax
+    ax = new_axes(size=(6, 0.9 + 0.28 * len(values)))
     ax.barh([str(n) for n in values.index], values.to_numpy(float), color="#56B4E9")
     ax.invert_yaxis()
     ax.set_xlabel(label)
-    text = f"{label}: highest {values.idxmax()} ({_round(values.max())}), "
-    text += f"lowest {values.idxmin()} ({_round(values.min())})"
+    text = f"{label}: highest {values.idxmax()} ({rounded(values.max())}), "
+    text += f"lowest {values.idxmin()} ({rounded(values.min())})"
     if base is not None:
         ax.axvline(base, color="black", ls="--", lw=1, label=base_name)
-        _legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1))
+        legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1))
         above = int((values > base).sum())
-        text += f"; {above} of {len(values)} above the {base_name} ({_round(base)})"
-    _tell(ax, text + ".")
+        text += f"; {above} of {len(values)} above the {base_name} ({rounded(base)})"
+    tell(ax, text + ".")
     return ax
 
 
@@ -497,15 +441,13 @@ def heatmap(
     names: tuple[str, str] = ("", ""),
     limits: tuple[float | None, float | None] = (None, None),
     digits: int | None = None,
-    ax: Axes | None = None,
 ) -> Axes:
     """Draw a table as colours, with its numbers when `digits` is given.
 
     `label` names the colour bar; `names` the columns' and the rows' axis.
     """
     rows, columns = table.shape
-    if ax is None:
-        ax = new_axes(size=(2.6 + 0.45 * columns, 1.6 + 0.3 * rows))
+    ax = new_axes(size=(2.6 + 0.45 * columns, 1.6 + 0.3 * rows))
     image = ax.imshow(
         table, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto"
     )
@@ -522,10 +464,10 @@ def heatmap(
     ax.figure.colorbar(image, ax=ax, label=label)
     stacked: Any = table.stack()
     top, bottom = stacked.idxmax(), stacked.idxmin()
-    _tell(
+    tell(
         ax,
-        f"{label}: highest {_round(stacked.max())} at {top[0]}, {top[1]}; "
-        f"lowest {_round(stacked.min())} at {bottom[0]}, {bottom[1]}.",
+        f"{label}: highest {rounded(stacked.max())} at {top[0]}, {top[1]}; "
+        f"lowest {rounded(stacked.min())} at {bottom[0]}, {bottom[1]}.",
     )
     return ax
 
@@ -535,7 +477,7 @@ def heatmap(
 
 def marker_dots(
     real: AnnData,
-    generated: AnnData | None,
+    generated: AnnData,
     genes: Sequence[str],
     *,
     label_key: str = "cell_type",
@@ -545,13 +487,11 @@ def marker_dots(
     Parameters
     ----------
     real, generated
-        Log1p-normalised cells with labels; without `generated`, one panel.
+        Log1p-normalised cells with labels.
     genes
         Names of the genes, present in both.
     """
-    sets = (
-        {"real": real} if generated is None else {"real": real, "generated": generated}
-    )
+    sets = {"real": real, "generated": generated}
     for title, adata in sets.items():
         missing = [g for g in genes if g not in adata.var_names]
         if missing:
@@ -565,9 +505,8 @@ def marker_dots(
         means[title] = frame.groupby(by_type).mean().reindex(types)
         shares[title] = (frame > 0).groupby(by_type).mean().reindex(types)
     top = max(float(np.nanmax(m.to_numpy())) for m in means.values())
-    n = len(sets)
-    size = (n * (0.36 * len(genes) + 0.8) + 3.6, 1.5 + 0.3 * len(types))
-    axes = new_axes(1, n, size, sharey=True, squeeze=False)[0]
+    size = (0.72 * len(genes) + 5.2, 1.5 + 0.3 * len(types))
+    axes = new_axes(1, 2, size, sharey=True)
     column, row = np.meshgrid(range(len(genes)), range(len(types)))
     for ax, title in zip(axes, sets, strict=True):
         dots = ax.scatter(
@@ -587,17 +526,16 @@ def marker_dots(
     axes[0].figure.colorbar(dots, ax=axes, label="mean log1p expression", shrink=0.7)
     for share in (0.25, 1.0):
         axes[-1].scatter([], [], s=110 * share, c=REAL, label=f"{100 * share:.0f} %")
-    _legend(axes[-1], title="cells above 0")
+    legend(axes[-1], title="cells above 0")
     best = "; ".join(f"{g} in {t}" for g, t in means["real"].idxmax().items())
-    _tell(axes[0], f"Real cells, each gene highest in: {best}.")
-    if generated is not None:
-        gap: Any = (means["generated"] - means["real"]).abs().stack()
-        of_type, gene = gap.idxmax()
-        _tell(
-            axes[1],
-            f"Generated against real: largest gap {_round(gap.max())} "
-            f"({gene} in {of_type}), mean gap {_round(gap.mean())}.",
-        )
+    tell(axes[0], f"Real cells, each gene highest in: {best}.")
+    gap: Any = (means["generated"] - means["real"]).abs().stack()
+    of_type, gene = gap.idxmax()
+    tell(
+        axes[1],
+        f"Generated against real: largest gap {rounded(gap.max())} "
+        f"({gene} in {of_type}), mean gap {rounded(gap.mean())}.",
+    )
     return axes
 
 
@@ -620,17 +558,18 @@ def moments(real: Any, generated: Any) -> np.ndarray:
     ):
         for ax, what in zip(axes, ("variance", "zeros"), strict=True):
             xy = table[[f"mean_{end}", f"{what}_{end}"]].to_numpy()
-            _points(ax, xy, style, s=9, alpha=0.6, label=name)
+            points(ax, xy, style, s=9, alpha=0.6, label=name)
     axes[0].set(xlabel="mean log1p expression", ylabel="variance over cells")
     axes[1].set(
         xlabel="mean log1p expression", ylabel="share of zeros", ylim=(-0.03, 1.03)
     )
-    _legend(axes[1], markerscale=2)
+    legend(axes[1], markerscale=2)
     for ax, what in zip(axes, ("variance", "zeros"), strict=True):
         a, b = table[f"{what}_real"], table[f"{what}_fake"]
-        _tell(
+        tell(
             ax,
-            f"{what.capitalize()}, mean over genes: real {_round(a.mean())}, generated "
-            f"{_round(b.mean())}; largest gap {_round(np.abs(a - b).max())}.",
+            f"{what.capitalize()}, mean over genes: real {rounded(a.mean())}, "
+            f"generated {rounded(b.mean())}; "
+            f"largest gap {rounded(np.abs(a - b).max())}.",
         )
     return axes

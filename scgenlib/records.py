@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import scgenlib
-from scgenlib.errors import ConfigError, DataError, OutputError, message
+from scgenlib.errors import ConfigError, DataError, message
+from scgenlib.files import atomic
+from scgenlib.words import say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,20 +159,8 @@ def write_record(
     # A NaN has no place in JSON; a missing measurement is null.
     text = json.dumps(_jsonable(document), indent=1, allow_nan=False) + "\n"
     target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(target, "The record cannot be written") as part:
         part.write_text(text, encoding="utf-8")
-        os.replace(part, target)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(
-            message(
-                "The record cannot be written",
-                found=str(target),
-                do=f"The system says: {error.strerror or error}.",
-            )
-        ) from error
     return target
 
 
@@ -184,7 +174,8 @@ def recorded(
     path = record_path(chapter, dataset, experiment, results_dir)
     if not path.is_file():
         line = _make_line(chapter, dataset, experiment)
-        print(f"Not run yet: {experiment} on {dataset}. To make this record:\n{line}")
+        say(f"Not run yet: {experiment} on {dataset}. To make this record:")
+        print(line)  # to be copied, so in one piece
         return None
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -201,7 +192,7 @@ def recorded(
 
 
 def _make_line(chapter: str, dataset: str, experiment: str) -> str:
-    line = f"    make results CHAPTER={chapter} DATASET={dataset}"
+    line = f"  make results CHAPTER={chapter} DATASET={dataset}"
     return line + " PROFILE=paper SEEDS=1" * (experiment == "paper")
 
 

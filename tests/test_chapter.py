@@ -212,7 +212,9 @@ def test_start_loads_and_names_the_cells(namespace, registry, capsys):
     assert "seed 3, profile tiny" in text
     assert "written for" not in text
     chapter.start(namespace, "demo", written_for="atlas")
-    assert "written for 'atlas'; on 'pollen'" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "written for 'atlas'; on 'pollen'" in text
+    assert max(map(len, text.splitlines())) <= 75
     namespace["dataset"] = "atlas"
     chapter.start(namespace, "other", task="integration")
 
@@ -274,6 +276,15 @@ def test_claim_prints_one_comparable_line(capsys):
     ]
 
 
+def test_a_long_claim_goes_on_below_its_beginning(capsys):
+    sentence = "the mean of the arms with added cells buys recall with precision"
+    chapter.claim(sentence, True)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("holds          | the mean") and len(first) <= 75
+    assert second.startswith(" " * 17 + "precision")
+    assert f"{first[17:]} {second.strip()}" == sentence
+
+
 @pytest.mark.parametrize("condition", [float("nan"), 1, None, "yes"])
 def test_claim_refuses_what_is_no_verdict(condition):
     with pytest.raises(TypeError, match="one yes or no"):
@@ -289,6 +300,7 @@ def test_run_card_counts_the_verdicts(namespace, capsys):
     text = capsys.readouterr().out
     assert "1 hold, 1 do not hold" in text and "does not hold: b" in text
     assert f"scgenlib {records.versions()['scgenlib']}" in text
+    assert max(map(len, text.splitlines())) <= 75
     chapter.start(namespace, "demo")
     capsys.readouterr()
     chapter.run_card(run)

@@ -115,7 +115,7 @@ def test_pbmc68k_reduced_figures(capsys):
 
 def test_simulated_is_what_its_card_says(capsys):
     adata = datasets.load("simulated")
-    assert "SIMULATED, no real cell" in capsys.readouterr().out
+    assert "SIMULATED, no real cell" in " ".join(capsys.readouterr().out.split())
     assert (
         adata.uns["dataset"]["label_counts"]
         == (datasets.card("simulated")["label_counts"])
@@ -390,7 +390,7 @@ def test_pbmc68k_layout(tmp_path, capsys):
         "1\t2\tTTTG-1\tCD56+ NK\n0\t1\tAAAC-1\tDendritic\n"
     )
     adata = datasets.load("pbmc68k", data_dir=tmp_path)
-    assert "NOT VERIFIED" in capsys.readouterr().out
+    assert "NOT VERIFIED" in " ".join(capsys.readouterr().out.split())
     np.testing.assert_array_equal(
         adata.layers["counts"].toarray(), [[5, 0, 1], [0, 7, 2]]
     )

@@ -293,7 +293,7 @@ def test_ctrl_c_while_saving_leaves_the_earlier_model(cells, tmp_path, monkeypat
             raise KeyboardInterrupt
         replace(a, b)
 
-    monkeypatch.setattr("scgenlib.estimator.os.replace", interrupted)
+    monkeypatch.setattr("scgenlib.files.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.save(folder)
     monkeypatch.undo()

@@ -27,12 +27,14 @@ def close_figures():
 
 @pytest.fixture
 def told(capsys):
-    """Return a function that gives back what `describe` prints."""
+    """Return a function that gives back what `describe` prints, a line a sentence."""
 
     def read(axes):
         capsys.readouterr()
         plots.describe(axes)
-        return capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines()), default=0) <= 75
+        return text.replace("\n  ", " ")
 
     return read
 
@@ -75,9 +77,22 @@ def test_filmstrip_counts_the_real_cells_that_are_met(told):
     real = np.r_[rng.normal(0, 1, (50, 2)), rng.normal(50, 1, (50, 2))]
     axes = plots.filmstrip({0: real[:50], 100: real}, real)
     text = told(axes).splitlines()
-    assert text[0].startswith("step 0: 50 %")
-    assert text[1].startswith("step 100: 100 %")
+    assert text[0].startswith("A real cell is met when")
+    assert text[1:] == ["step 0: 50 % met.", "step 100: 100 % met."]
     assert axes[0].get_xlim() == axes[1].get_xlim()
+    assert not axes[0].texts and not axes[1].texts
+
+
+def test_filmstrip_counts_the_cells_outside_its_panels(told):
+    real = np.stack(np.meshgrid(range(5), range(5)), -1).reshape(-1, 2).astype(float)
+    # The panel ends 0.15 x 4 = 0.6 beyond the real cells: at -0.6 and at 4.6.
+    edge = np.array([[4.59, 2], [4.61, 2], [2, -0.61], [-9, 2]])
+    axes = plots.filmstrip({0: np.full((3, 2), 9.0), 50: edge, 100: real}, real)
+    notes = [[text.get_text() for text in ax.texts] for ax in axes]
+    assert notes == [["all 3 outside"], ["3 of 4 outside"], []]
+    text = told(axes)
+    assert "step 0: 0 % met; all 3 generated cells lie outside the panel." in text
+    assert "; 3 of 4 generated cells lie outside the panel." in text
 
 
 def test_learning_curves(told):
@@ -106,10 +121,25 @@ def test_contest_ranks_by_median_and_draws_bands(told):
     )
     ax = plots.contest(table, "f1", floor=[0.05, 0.1], ceiling=[0.9, 0.95])
     assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "a"]
-    assert told(ax) == "f1, median over the dots: b 0.50, a 0.20.\n"
+    assert told(ax) == (
+        "f1, median over the dots: b 0.50; a 0.20.\n"
+        "The band (floor): 0.050 to 0.10. Above it: b; a.\n"
+        "The band (real against real): 0.90 to 0.95. Below it: b; a.\n"
+    )
     names = [t.get_text() for t in ax.get_legend().get_texts()]
     assert names == ["floor", "real against real"]
     assert sum(len(c.get_offsets()) for c in ax.collections) == 6
+
+
+def test_contest_shows_equal_seeds_apart_and_says_where_the_medians_lie(told):
+    table = pd.DataFrame({"arm": list("aaabbbccc"), "f1": [1.0] * 6 + [0.2, 0.3, 0.4]})
+    ax = plots.contest(table, "f1", floor=[1.0, 1.0], floor_name="nothing added")
+    heights = ax.collections[0].get_offsets()[:, 1]
+    np.testing.assert_allclose(heights, [-0.2, 0, 0.2])
+    left, right = ax.patches[0].get_x(), ax.patches[0].get_x() + 0.0064
+    # One value is still a band that can be seen: 0.004 of the range to either side.
+    np.testing.assert_allclose([left, right], [0.9968, 1.0032])
+    assert "band (nothing added): 1.0. Within it: a; b. Below it: c.\n" in told(ax)
 
 
 def test_bars_against_a_base_rate(told):
@@ -145,7 +175,7 @@ def test_marker_dots_without_a_type_among_the_generated(told):
     assert len(axes) == 2
     assert "largest gap 0" in told(axes)
     with pytest.raises(ConfigError, match="gene in the real cells.*'g9'"):
-        plots.marker_dots(real, None, ["g9"])
+        plots.marker_dots(real, real, ["g9"])
 
 
 def test_moments(told):
