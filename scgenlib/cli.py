@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
+import inspect
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ from scgenlib.errors import (
     message,
     unknown,
 )
+from scgenlib.files import atomic
 
 __all__ = ["main"]
 
@@ -108,11 +110,24 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument(
         "--cells",
         nargs="+",
+        action="extend",
         required=True,
         metavar="N | TYPE=N",
-        help="how many cells, in all or of each type",
+        help="how many cells: in all, of each type in order, or of named types; "
+        "may be given again",
     )
     make.add_argument("-o", "--output", type=Path, required=True, help="an .h5ad file")
+    make.add_argument(
+        "--given",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="value of a further condition, such as batch=b1",
+    )
+    make.add_argument(
+        "--counts", action="store_true", help="whole counts at the depth of real cells"
+    )
     make.add_argument("--seed", type=int, help="the model's own by default")
     make.add_argument("--device", default="auto")
     make.set_defaults(command=_generate)
@@ -250,11 +265,10 @@ def _execute(chapter: Path, output: Path, parameters: dict[str, Any]) -> int:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    # A temporary name until it is done: a stopped run never looks finished.
-    part = output.with_name(f".{output.stem}.{os.getpid()}.part.ipynb")
     print(f"{chapter.stem} -> {_shown(output)}", file=sys.stderr)
     status = 0
-    try:
+    # A stopped run never looks finished; a failed one is kept up to its error.
+    with atomic(output, "The notebook cannot be written") as part:
         try:
             papermill.execute_notebook(
                 str(chapter), str(part), parameters, kernel_name="python3"
@@ -267,17 +281,6 @@ def _execute(chapter: Path, output: Path, parameters: dict[str, Any]) -> int:
                 "The notebook up to there is kept:",
                 file=sys.stderr,
             )
-        os.replace(part, output)
-    except OSError as error:
-        raise OutputError(
-            message(
-                "The notebook cannot be written",
-                found=str(output),
-                do=f"The system says: {error.strerror or error}.",
-            )
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
     print(_shown(output))
     return status
 
@@ -347,8 +350,19 @@ def _generate(arguments: argparse.Namespace) -> int:
         )
     _make_folder(output.parent)
     model_class = _model_class(arguments.model)
+    options: dict[str, Any] = {"seed": arguments.seed}
+    if arguments.given:
+        options["given"] = _pairs(arguments.given)
+    if arguments.counts:
+        options["counts"] = True
+    takes = inspect.signature(model_class.generate).parameters
+    for name in options:
+        if name not in takes:
+            raise ConfigError(
+                message(f"A {model_class.__name__} model has no use for --{name}")
+            )
     # A method that can draw cells of a given type says so on its class.
-    if isinstance(cells, dict) and not model_class.by_type:
+    if not isinstance(cells, int) and not model_class.by_type:
         raise ConfigError(
             message(
                 f"{model_class.__name__} cannot be asked for cells of one type",
@@ -357,41 +371,39 @@ def _generate(arguments: argparse.Namespace) -> int:
             )
         )
     model = model_class.load(arguments.model, device=arguments.device)
-    generated = model.generate(cells, seed=arguments.seed)
-    part = output.with_name(f".{output.stem}.{os.getpid()}.part.h5ad")
-    try:
+    generated = model.generate(cells, **options)
+    with atomic(output, "The cells cannot be written") as part:
         generated.write_h5ad(part, compression="gzip")
-        os.replace(part, output)
-    except OSError as error:
-        raise OutputError(
-            message(
-                "The cells cannot be written",
-                found=str(output),
-                do=f"The system says: {error.strerror or error}.",
-            )
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
     print(f"{generated.n_obs} cells, {generated.n_vars} genes -> {_shown(output)}")
     return 0
 
 
-def _cells(given: Sequence[str]) -> int | dict[str, int]:
-    """Return a number of cells, or the number of each type."""
-    allowed = "one number such as 500, or TYPE=N such as 'CD4 T=500'"
-    wanted: dict[str, int] = {}
-    for text in given:
-        name, separator, number = text.rpartition("=")
-        if not number.strip().isdigit() or int(number) < 1 or name in wanted:
+def _cells(given: Sequence[str]) -> int | list[int] | dict[str, int]:
+    """Return a number of cells, one for each type in order, or those of named types."""
+    pairs = [text.rpartition("=") for text in given]
+    names = [name for name, separator, _ in pairs if separator]
+    for text, (_, _, number) in zip(given, pairs, strict=True):
+        bad = not number.strip().isdigit() or names.count(text.rpartition("=")[0]) > 1
+        if bad or 0 < len(names) < len(given):
+            allowed = "500, or 1000 500 0 200, or TYPE=N such as 'CD4 T=500'"
             raise ConfigError(
                 message("--cells cannot be read", found=text, allowed=allowed)
             )
-        if not separator and len(given) > 1:
+    numbers = [int(number) for _, _, number in pairs]
+    if names:
+        return dict(zip(names, numbers, strict=True))
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _pairs(given: Sequence[str]) -> dict[str, str]:
+    """Return NAME=VALUE texts as a dict."""
+    for text in given:
+        if not all(text.partition("=")):
+            allowed = "NAME=VALUE such as batch=b1"
             raise ConfigError(
-                message("--cells mixes two forms", found=text, allowed=allowed)
+                message("--given cannot be read", found=text, allowed=allowed)
             )
-        wanted[name] = int(number)
-    return wanted[""] if "" in wanted else wanted
+    return dict(text.split("=", 1) for text in given)
 
 
 def _model_class(folder: Path) -> Any:

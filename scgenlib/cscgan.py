@@ -73,7 +73,7 @@ class ScGANConfig(Config):
         },
         "book": {
             "n_genes": 2000,
-            "max_steps": 600,
+            "max_steps": 500,
             "valid_cells": 200,
             "validation_freq": 100,
             "batch_size": 64,
@@ -81,7 +81,7 @@ class ScGANConfig(Config):
             "alpha_0": 1e-3,
             "alpha_final": 1e-4,
             "latent_dim": 64,
-            "gen_layers": (64, 128, 256),
+            "gen_layers": (128, 256, 512),
             "critic_layers": (256, 128, 64),
             "bn_momentum": 0.02,
         },
@@ -311,7 +311,7 @@ class ScGAN(Estimator):
         # A cell without any of the chosen genes has no library to be scaled.
         kept = totals > 0
         self._X = scale_rows(linear[kept], c.target_sum)
-        codes = self._codes_of(adata, label_key)[kept]
+        codes = self._codes_of(adata[kept], label_key)
         self.sizes_ = {
             "n_genes": adata.n_vars,
             "n_classes": [int(k) for k in self._class_numbers(codes)],
@@ -626,11 +626,12 @@ class CscGAN(ScGAN):
             do = "Give label_key, or find types first with cscgan.process."
             raise DataError(message("cscGAN needs cell types to learn from", do=do))
         sizes = adata.obs[label_key].astype(str).value_counts()
+        sizes = sizes.reindex(self.labels_, fill_value=0)
         if sizes.min() < 2:
             raise DataError(
                 message(
-                    f"A class of {label_key!r} has one cell: nothing can be learned",
-                    found=str(sizes.idxmin()),
+                    f"A class of {label_key!r} has too few cells to learn from",
+                    found=f"{sizes.idxmin()!r} with {sizes.min()}",
                     allowed="two or more cells in each class",
                     do="Drop the class or merge it with another.",
                 )
@@ -732,12 +733,14 @@ class CscGAN(ScGAN):
         """Return the number of cells of each type, in the order asked for."""
         labels = self.labels_
         if isinstance(cells, int | np.integer):
-            sizes = np.bincount(self.arrays_["codes"][:, 0].numpy())
-            exact = sizes / sizes.sum() * max(int(cells), 0)
+            if cells < 1:
+                raise ConfigError(message("No cell is asked for", found=cells))
+            known = self.arrays_["codes"][:, 0].numpy()
+            exact = np.bincount(known, minlength=len(labels)) * cells / len(known)
             share = np.floor(exact).astype(int)
             # What rounding left over goes to the largest remainders.
-            for i in np.argsort(share - exact, kind="stable")[: cells - share.sum()]:
-                share[i] += 1
+            rest = np.argsort(share - exact, kind="stable")[: cells - share.sum()]
+            share[rest] += 1
             cells = share.tolist()
         if not isinstance(cells, Mapping):
             if len(cells) != len(labels):

@@ -179,13 +179,15 @@ def test_datasets_verify_tells_a_wrong_file(tmp_path, monkeypatch, capsys):
         (["500"], 500),
         (["CD4 T=500", "pDC=50"], {"CD4 T": 500, "pDC": 50}),
         (["a=b=3"], {"a=b": 3}),
+        (["1000", "500", "0", "200"], [1000, 500, 0, 200]),
+        (["T=0", "B=1"], {"T": 0, "B": 1}),
     ],
 )
 def test_cells(given, expected):
     assert cli._cells(given) == expected
 
 
-@pytest.mark.parametrize("given", [["0"], ["-3"], ["x"], ["T="], ["5", "T=3"],
+@pytest.mark.parametrize("given", [["-3"], ["x"], ["T="], ["5", "T=3"],
                                    ["T=1", "T=2"], ["2.5"]])  # fmt: skip
 def test_cells_refused(given):
     with pytest.raises(ConfigError, match="--cells"):
@@ -242,21 +244,49 @@ def test_generate_refuses(model_folder, tmp_path, capsys):
     assert not output.exists()
 
 
-def test_generate_by_type_for_a_method_that_says_so(
-    model_folder, tmp_path, monkeypatch
-):
-    asked = []
+@pytest.fixture(scope="module")
+def typed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    adata = tiny_cells()
+    adata.layers["counts"] = adata.X.expm1().rint()
+    adata.obs["batch"] = ["b1", "b2"] * 20
+    tiny = {"max_steps": 2, "min_cells": 0, "extra_conditions": ("batch",)}
+    config = scgenlib.CscGANConfig.profile("tiny", **tiny)
+    model = scgenlib.CscGAN(config, seed=5, device="cpu").fit(adata)
+    return model.save(tmp_path_factory.mktemp("models") / "cscgan")
 
-    def generate(self, n_cells, *, seed=None):
-        asked.append((n_cells, seed))
-        return tiny_cells()
 
-    monkeypatch.setattr(scgenlib.GARAGE, "by_type", True, raising=False)
-    monkeypatch.setattr(scgenlib.GARAGE, "generate", generate)
-    output = tmp_path / "cells.h5ad"
-    arguments = ["--model", model_folder, "--cells", "a=5", "b=2", "-o", output]
-    assert run("generate", *arguments) == 0
-    assert asked == [({"a": 5, "b": 2}, None)]
+def test_generate_cells_of_a_type(typed_folder, tmp_path, capsys):
+    output = tmp_path / "out.h5ad"
+    base = ["generate", "--model", typed_folder, "-o", output]
+    # The flag may be given again; each time adds a type.
+    assert run(*base, "--cells", "b=4", "--cells", "a=3") == 0
+    cells = ad.read_h5ad(output)
+    assert cells.obs["cell_type"].tolist() == ["b"] * 4 + ["a"] * 3
+    assert list(cells.var_names) == [f"g{j}" for j in range(12)]
+    assert set(cells.uns["scgenlib"]["memorisation"]) >= {"distance_ratio"}
+    assert run(*base, "--cells", "0", "2", "--counts", "--given", "batch=b2") == 0
+    cells = ad.read_h5ad(output)
+    assert cells.obs["cell_type"].tolist() == ["b", "b"]
+    assert cells.obs["batch"].tolist() == ["b2", "b2"]
+    counts = cells.layers["counts"].toarray()
+    assert counts.sum() > 0 and (counts == counts.round()).all()
+    capsys.readouterr()
+    for wrong, told in (
+        (["--cells", "c=3"], "Unknown type. Found: 'c'"),
+        (["--cells", "1", "2", "3"], "one number for each type"),
+        (["--cells", "3", "--given", "batch"], "NAME=VALUE"),
+        (["--cells", "3", "--given", "batch=b3"], "b1"),
+    ):
+        assert run(*base, *wrong) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_generate_refuses_what_a_method_has_no_use_for(model_folder, tmp_path, capsys):
+    output = tmp_path / "out.h5ad"
+    base = ["generate", "--model", model_folder, "-o", output, "--cells", "3"]
+    assert run(*base, "--counts") == 2
+    assert "no use for --counts" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_generate_names_an_unknown_method(model_folder, tmp_path):
