@@ -2,10 +2,10 @@
 
 A step is held against a floor: the products that a minimal derivation of the step
 needs, run alone with ``torch.mm`` at the same shapes, and the weights updated times
-28 bytes for Adam (read and write weight and two moments, read the gradient) over the
-bandwidth of a 256 MB copy. One thread; step, products and copy take turns, and the
-smallest of the repetitions counts, so that another program on the machine disturbs
-all three alike.
+28 bytes for Adam (read and write weight and two moments, read the gradient), or 36 for
+AMSGrad (a third moment), over the bandwidth of a 256 MB copy. One thread; step,
+products and copy take turns, and the smallest of the repetitions counts, so that
+another program on the machine disturbs all three alike.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 ADAM_BYTES = 28
+AMSGRAD_BYTES = 36
 
 #: (how often, rows, inner width, columns) of one product.
 Product = tuple[int, int, int, int]
@@ -52,11 +53,12 @@ class Result:
     products: float
     bandwidth: float
     updated: int
+    bytes_each: int = ADAM_BYTES
 
     @property
     def floor(self) -> float:
         """Seconds of the products and of the optimiser's memory traffic."""
-        return self.products + self.updated * ADAM_BYTES / self.bandwidth
+        return self.products + self.updated * self.bytes_each / self.bandwidth
 
 
 def measure(
@@ -64,6 +66,7 @@ def measure(
     products: Iterable[Product],
     updated: int,
     repeats: int = 5,
+    bytes_each: int = ADAM_BYTES,
 ) -> Result:
     """Time a step against its floor.
 
@@ -77,6 +80,8 @@ def measure(
         Weights updated in one step; a weight updated twice counts twice.
     repeats
         Alternating repetitions; the smallest time of each part counts.
+    bytes_each
+        What the optimiser reads and writes for each weight.
     """
     torch.set_num_threads(1)
     operands = [
@@ -105,7 +110,7 @@ def measure(
             part()
             best[name] = min(best[name], time.perf_counter() - begun)
     bandwidth = 2 * source.nbytes / best["copy"]
-    return Result(best["step"], best["products"], bandwidth, updated)
+    return Result(best["step"], best["products"], bandwidth, updated, bytes_each)
 
 
 def peak_memory() -> float:

@@ -32,6 +32,7 @@ _MODULES = (
     "published",
     "simulate",
     "training",
+    "wgan",
 )
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]

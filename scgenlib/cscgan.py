@@ -28,6 +28,7 @@ from scgenlib.preprocess import (
     filter_cells_and_genes,
     linear_values,
     normalise,
+    on_genes,
     scale_rows,
     select_genes,
     train_valid_test,
@@ -477,18 +478,7 @@ class ScGAN(Estimator):
             A gene of the model is absent.
         """
         self._check_started()
-        absent = [gene for gene in self.genes_ if gene not in adata.var_names]
-        if absent:
-            raise DataError(
-                message(
-                    "Genes of the model are absent from the cells",
-                    found=f"{len(absent)}, such as {absent[0]!r}",
-                    allowed=f"the model's {len(self.genes_)} genes",
-                )
-            )
-        few = adata[:, self.genes_]
-        X = normalise(linear_values(few), TARGET)
-        return AnnData(X, obs=few.obs.copy(), var=pd.DataFrame(index=few.var_names))
+        return on_genes(adata, self.genes_, TARGET)
 
     def like(self, cells: AnnData) -> Any:
         """Return what to ask `generate` for, to get cells in the numbers of `cells`."""

@@ -282,7 +282,10 @@ def learning_curves(
     for i, term in enumerate(terms or known):
         curve = history[history["term"] == term]
         colour = COLOURS[i % len(COLOURS)]
-        ax.plot(curve["step"], curve["value"], color=colour, lw=1.3, label=term)
+        # The dash pattern says the same as the colour.
+        dash = ("-", (0, (6, 2)), (0, (2, 2)), "-.")[i % 4]
+        look: dict[str, Any] = {"color": colour, "lw": 1.4, "ls": dash, "label": term}
+        ax.plot(curve["step"], curve["value"], **look)
         tail = max(1, len(curve) // 10)
         first, last = curve["value"].head(tail).mean(), curve["value"].tail(tail).mean()
         sentences.append(f"{term}: from {rounded(first)} to {rounded(last)}.")

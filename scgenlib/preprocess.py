@@ -23,6 +23,7 @@ __all__ = [
     "filter_genes",
     "linear_values",
     "normalise",
+    "on_genes",
     "rare_types",
     "scale_rows",
     "select_genes",
@@ -226,6 +227,48 @@ def scale_rows(X: Any, total: float) -> sp.csr_matrix:
     scale = np.divide(total, sums, out=np.zeros_like(sums), where=sums > 0)
     out.data *= np.repeat(scale.astype(np.float32), np.diff(out.indptr))
     return out
+
+
+def on_genes(
+    adata: ad.AnnData, genes: Iterable[str], target_sum: float = 1e4
+) -> ad.AnnData:
+    """Return the cells on some genes only, scaled to one total over these genes.
+
+    Cells that are scaled over all their genes and then lose some no longer have
+    equal totals. A generator that works on these genes alone is compared with this.
+
+    Parameters
+    ----------
+    adata
+        Data under the contract.
+    genes
+        Names, in the order wanted.
+    target_sum
+        Total of each cell before the logarithm.
+
+    Returns
+    -------
+    AnnData
+        X log1p-normalised, ``obs`` as in `adata`.
+
+    Raises
+    ------
+    DataError
+        A gene is absent.
+    """
+    genes = [str(gene) for gene in genes]
+    absent = pd.Index(genes).difference(adata.var_names)
+    if len(absent):
+        raise DataError(
+            message(
+                "Genes are absent from the cells",
+                found=f"{len(absent)} of {len(genes)}, such as {absent[0]!r}",
+                allowed="genes that the cells have",
+            )
+        )
+    few = adata[:, genes]
+    X = normalise(linear_values(few), target_sum)
+    return ad.AnnData(X, obs=few.obs.copy(), var=few.var.copy())
 
 
 def draw_molecules(

@@ -48,6 +48,53 @@ def test_gradient_penalty_of_a_linear_critic_is_known():
     torch.testing.assert_close(w.grad, torch.tensor([4.8, 6.4]))
 
 
+def test_gradient_penalty_at_a_point_of_ones_choice():
+    # D(x) = |x|^2 / 2 has slope x: at (3, 4) the penalty is (5 - 1)^2.
+    def critic(x):
+        return (x**2).sum(1) / 2
+
+    real, fake = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.6, 0.8]])
+    for share, expected in ((0.0, 16.0), (1.0, 0.0), (0.5, 4.0)):
+        at = torch.tensor([[share]])
+        penalty = losses.gradient_penalty(critic, real, fake, share=at)
+        assert penalty.item() == pytest.approx(expected, abs=1e-6)
+    # One share for each cell: slopes of length 5 and 1.
+    at = torch.tensor([[0.0], [1.0]])
+    both = losses.gradient_penalty(
+        critic, *(x.expand(2, 2) for x in (real, fake)), share=at
+    )
+    assert both.item() == pytest.approx(8.0)
+
+
+def test_gradient_penalty_draws_a_share_for_each_cell():
+    seen = []
+
+    def critic(x):
+        seen.append(x.detach())
+        return x.sum(1)
+
+    def draw():
+        rng = torch.Generator().manual_seed(4)
+        losses.gradient_penalty(critic, torch.zeros(50, 3), torch.ones(50, 3), rng)
+        return seen[-1]
+
+    first = draw()
+    assert (first == first[:, :1]).all()
+    assert len(first[:, 0].unique()) == 50
+    assert 0 <= first.min() < 0.1 and 0.9 < first.max() <= 1
+    assert torch.equal(first, draw())
+
+
+def test_gradient_penalty_where_the_slope_is_zero():
+    w = torch.zeros(2, requires_grad=True)
+    penalty = losses.gradient_penalty(
+        lambda x: x @ w, torch.rand(3, 2), torch.rand(3, 2)
+    )
+    assert penalty.item() == 1
+    penalty.backward()
+    assert torch.isfinite(w.grad).all()
+
+
 def test_kl_equals_torch_distributions():
     mean, log_variance = torch.randn(6, 3), torch.randn(6, 3)
     normal = torch.distributions.Normal

@@ -376,9 +376,10 @@ def test_every_arm_has_the_same_forest(rare_table):
         "class weights",
         "over-sampling",
         "SMOTE",
+        "SMOTE in PCs",
         "jittered copies",
     ]
-    assert rare_table["added"].tolist() == [0, 0, 120, 120, 120]
+    assert rare_table["added"].tolist() == [0, 0, 120, 120, 120, 120]
     assert (rare_table["n_test_rare"] == 12).all()
 
 
@@ -395,6 +396,91 @@ def test_rare_scores_are_those_of_the_predictions(train, heldout, rare_table):
     assert table.loc["liars", "precision"] < table.loc["real only", "precision"]
     first = rare_table.set_index("arm").loc["real only", "f1"]
     assert table.loc["real only", "f1"] == first
+
+
+def test_calibration_worked_on_paper():
+    # Brier: (0.01 + 0.16 + 0.01 + 0.04) / 4. The bins of 0.1 and 0.9 are off by 0.1,
+    # that of 0.6 by 0.4 and that of 0.2 by 0.2, one cell in four each.
+    p, y = np.array([0.1, 0.6, 0.9, 0.2]), np.array([False, True, True, False])
+    assert metrics.calibration(p, y) == pytest.approx({"brier": 0.055, "ece": 0.2})
+    # One bin: mean probability 0.55 of 0.5, however wrong each cell is.
+    p = np.array([0.53, 0.57])
+    found = metrics.calibration(p, np.array([True, False]))
+    assert found["ece"] == pytest.approx(0.05)
+    assert found["brier"] == pytest.approx((0.47**2 + 0.57**2) / 2)
+    # A probability of 1 belongs to the last bin; 0.1 + 0.2 to that of 0.3.
+    assert metrics.calibration(np.ones(3), np.ones(3, bool)) == {"brier": 0, "ece": 0}
+    pair = np.array([0.3, 0.3 - 1e-16]), np.array([True, False])
+    assert metrics.calibration(*pair)["ece"] == pytest.approx(0.2)
+
+
+def test_rare_utility_reports_the_calibration_of_its_forest(train, heldout):
+    # Common cells sold as rare ones make the forest too sure of the rare type.
+    arms = {"real only": None, "liars": baselines.copy_cells(train, 60, label="type 0")}
+    arms["liars"].obs["cell_type"] = "type 2"
+    table = metrics.rare_utility(
+        train, heldout, "type 2", arms, n_pcs=10, n_trees=30
+    ).set_index("arm")
+    assert (table[["brier", "ece"]] >= 0).all(axis=None)
+    assert table.loc["liars", "brier"] > 2 * table.loc["real only", "brier"]
+    assert table.loc["liars", "ece"] > 2 * table.loc["real only", "ece"]
+    # Worked again from the same forest.
+    pca = _matrix.fit_pca(train.X, 10, 0)
+    forest = RandomForestClassifier(30, random_state=0)
+    forest.fit(pca.transform(train.X.toarray()), train.obs["cell_type"].astype(str))
+    votes = forest.predict_proba(pca.transform(heldout.X.toarray()))[:, 2]
+    off = votes - (heldout.obs["cell_type"] == "type 2").to_numpy()
+    assert table.loc["real only", "brier"] == pytest.approx((off**2).mean())
+
+
+def test_smote_in_components_lies_between_neighbours_there(train):
+    made = metrics.rare_arms(train, "type 2", n_extra=30, n_pcs=3)["SMOTE in PCs"]
+    pca = _matrix.fit_pca(train.X, 3, 0)
+    own = train[train.obs["cell_type"] == "type 2"].X.toarray()
+    scores, points = pca.transform(own), pca.transform(made.X.toarray())
+    gaps = np.linalg.norm(scores[:, None] - scores, axis=2)
+    near = np.argsort(gaps, axis=1)[:, 1:6]
+    for point in points:
+        # Distance to the nearest of the lines from a cell to its five neighbours.
+        apart = [
+            np.linalg.norm(point - scores[i]) + np.linalg.norm(point - scores[j])
+            - gaps[i, j]
+            for i in range(len(own))
+            for j in near[i]
+        ]  # fmt: skip
+        assert min(apart) < 1e-4
+    assert made.X.min() >= 0 and sp.issparse(made.X)
+    assert set(made.obs["cell_type"]) == {"type 2"} and made.n_obs == 30
+    again = metrics.rare_arms(train, "type 2", n_extra=30, n_pcs=3)["SMOTE in PCs"]
+    assert (again.X != made.X).nnz == 0
+    # The other components would have chosen other neighbours.
+    more = metrics.rare_arms(train, "type 2", n_extra=30)["SMOTE in PCs"]
+    assert (more.X != made.X).nnz > 0
+    one = cells((20, 1))
+    lone = metrics.rare_arms(one, "type 1", n_extra=4)["SMOTE in PCs"]
+    assert np.allclose(lone.X.toarray(), one.X[-1].toarray())
+
+
+def test_cut_type_keeps_a_share_and_three_cells(train, heldout):
+    def left(share, seed=0):
+        few = metrics.cut_type(train, "type 0", share, seed)
+        others = train.obs_names[train.obs["cell_type"] != "type 0"]
+        assert list(few.obs_names[-len(others) :]) == list(others)
+        return list(few.obs_names[: -len(others)])
+
+    # 60 cells: 10 % are 6, 5 % are 3, 2 % would be 1.
+    assert [len(left(share)) for share in (1, 0.1, 0.05, 0.02)] == [60, 6, 3, 3]
+    assert left(0.1) == sorted(left(0.1), key=list(train.obs_names).index)
+    assert set(left(0.05)) < set(left(0.1))
+    assert left(0.1) == left(0.1) != left(0.1, seed=1)
+    assert train.n_obs == 112  # the cells given are not changed
+    for share in (0, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match="at most 1"):
+            metrics.cut_type(train, "type 0", share)
+    with pytest.raises(DataError, match="Did you mean 'type 0'"):
+        metrics.cut_type(train, "type0", 0.5)
+    with pytest.raises(DataError, match="2 cells"):
+        metrics.cut_type(cells((20, 2)), "type 1", 0.5)
 
 
 def test_class_weights_decide_where_two_types_look_alike():

@@ -56,6 +56,62 @@ def test_normalise_does_not_depend_on_other_cells():
     )
 
 
+def test_linear_values_are_counts_where_there_are_any():
+    counts = np.array([[1.0, 3.0, 0.0], [0.0, 2.0, 5.0]])
+    logged = small(np.log1p(2 * counts))
+    linear = preprocess.linear_values(logged)
+    assert linear.format == "csr" and linear.dtype == np.float32
+    np.testing.assert_allclose(linear.toarray(), 2 * counts, rtol=1e-6)
+    # The logarithms themselves stay.
+    np.testing.assert_allclose(logged.X.toarray(), np.log1p(2 * counts), rtol=1e-6)
+    logged.layers["counts"] = counts
+    assert np.array_equal(preprocess.linear_values(logged).toarray(), counts)
+
+
+def test_scale_rows_by_hand():
+    X = sp.csr_matrix(np.array([[1, 3, 0], [0, 0, 0], [0, 2, 0]], np.float32))
+    out = preprocess.scale_rows(X, 20_000)
+    assert out.toarray().tolist() == [[5000, 15_000, 0], [0, 0, 0], [0, 20_000, 0]]
+    assert out.format == "csr" and out.dtype == np.float32
+    assert X.sum() == 6
+    assert np.array_equal(preprocess.scale_rows(X.toarray(), 8).toarray()[0], [2, 6, 0])
+
+
+def test_on_genes_scales_over_these_genes_only():
+    counts = np.array([[1.0, 3.0, 4.0], [6.0, 2.0, 0.0]])
+    adata = small(np.log1p(counts), ["a", "b"], layers={"counts": counts})
+    out = preprocess.on_genes(adata, ["g1", "g0"], 8)
+    # 3 and 1 of 4, 2 and 6 of 8; the gene that is left out does not count.
+    np.testing.assert_allclose(out.X.toarray(), np.log1p([[6, 2], [2, 6]]), rtol=1e-6)
+    assert list(out.var_names) == ["g1", "g0"]
+    assert out.obs["cell_type"].tolist() == ["a", "b"]
+    out.obs["cell_type"] = "c"
+    assert adata.obs["cell_type"].tolist() == ["a", "b"]
+    with pytest.raises(DataError, match="2 of 3, such as 'g8'"):
+        preprocess.on_genes(adata, ["g0", "g8", "g9"])
+
+
+def test_draw_molecules():
+    X = sp.csr_matrix(np.array([[1.0, 3.0, 0.0], [0.0, 0.0, 0.0], [2.0, 0.0, 2.0]]))
+    totals = np.array([40_000, 50, 7])
+    counts = preprocess.draw_molecules(X, totals, np.random.default_rng(0))
+    assert counts.format == "csr" and counts.dtype == np.float32
+    found = counts.toarray()
+    assert np.array_equal(found, np.rint(found))
+    assert found.sum(1).tolist() == [40_000, 0, 7]
+    # A quarter of 40,000, give or take five standard deviations of 87.
+    assert abs(found[0, 0] - 10_000) < 435 and found[0, 2] == found[2, 1] == 0
+    # What no molecule was drawn for is not stored.
+    few = preprocess.draw_molecules(X, np.array([1, 1, 1]), np.random.default_rng(0))
+    assert few.nnz == 2
+    # Ten times the values are the same shares; another source, other counts.
+    again = preprocess.draw_molecules(10 * X, totals, np.random.default_rng(0))
+    assert np.array_equal(again.toarray(), found)
+    other = preprocess.draw_molecules(X, totals, np.random.default_rng(1))
+    assert not np.array_equal(other.toarray(), found)
+    assert X.sum() == 8
+
+
 # --- value scale -------------------------------------------------------------------
 
 
@@ -124,6 +180,40 @@ def test_filter_genes_by_hand():
             preprocess.filter_genes(adata, **bad)
 
 
+def test_filter_cells_and_genes_by_hand():
+    X = np.array(
+        [
+            [1, 1, 0, 0],
+            [1, 0, 9, 0],
+            [0, 0, 1, 0],  # one gene: dropped before genes are counted
+            [5, 1, 0, 2],
+        ],
+        float,
+    )
+    adata = small(np.log1p(X), ["a", "b", "c", "d"])
+    kept = preprocess.filter_cells_and_genes(adata, min_genes=2, min_cells=2)
+    # Gene g2 is seen in two cells at first, and in one of the cells that are left.
+    assert kept.obs_names.tolist() == ["c0", "c1", "c3"]
+    assert kept.var_names.tolist() == ["g0", "g1"]
+    assert kept.obs["cell_type"].tolist() == ["a", "b", "d"]
+    # Exactly as many as asked for is enough.
+    kept = preprocess.filter_cells_and_genes(adata, min_genes=3, min_cells=1)
+    assert kept.shape == (1, 3)
+    kept.X.data[:] = 0
+    assert adata.X.toarray()[3, 0] == np.float32(np.log1p(5))
+    # Counts decide where there are any.
+    adata.layers["counts"] = sp.csr_matrix(np.ones_like(X))
+    assert preprocess.filter_cells_and_genes(adata, 4, 4).shape == (4, 4)
+
+
+def test_filter_cells_and_genes_that_leaves_nothing():
+    adata = small(np.eye(3) + 1.5)
+    with pytest.raises(DataError, match=r"0 cells and 0 genes.*min_genes \(now 4\)"):
+        preprocess.filter_cells_and_genes(adata, 4, 1)
+    with pytest.raises(DataError, match=r"3 cells and 0 genes.*min_cells \(4\)"):
+        preprocess.filter_cells_and_genes(adata, 1, 4)
+
+
 def test_select_genes_finds_the_markers():
     adata = simulate(600, 400, programmes=0.0, rare_fraction=0.2, seed=4)
     is_marker = adata.var["marker_of"].to_numpy() != ""
@@ -187,6 +277,57 @@ def test_split_errors():
         preprocess.split(adata, label_key="celltype")
     with pytest.raises(DataError, match="No cell can be held out"):
         preprocess.split(adata)
+
+
+def sizes_by_type(adata, side):
+    part = adata.obs[adata.obs["split"] == side]
+    return part["cell_type"].value_counts(sort=False).sort_index().tolist()
+
+
+def test_train_valid_test_takes_each_type_by_its_share():
+    labels = np.repeat(list("abcde"), [3000, 2500, 2000, 1500, 1000])
+    adata = small(np.ones((10_000, 1)), labels)
+    out = preprocess.train_valid_test(adata, 2000, seed=0)
+    assert sizes_by_type(out, "valid") == [600, 500, 400, 300, 200]
+    assert sizes_by_type(out, "train") == [2400, 2000, 1600, 1200, 800]
+    assert out.uns["split"]["found"] == {"train": 8000, "valid": 2000, "test": 0}
+    assert "split" not in adata.obs and "split" not in adata.uns
+
+
+def test_train_valid_test_records_what_rounding_left():
+    # Of 10 cells 4 and 3 are asked for; shares .7, .2 and .1 are rounded down.
+    adata = small(np.ones((10, 1)), ["a"] * 7 + ["b"] * 2 + ["c"])
+    out = preprocess.train_valid_test(adata, 4, 3, seed=0)
+    assert sizes_by_type(out, "valid") == [2] and sizes_by_type(out, "test") == [2]
+    assert out.uns["split"] == {
+        "asked": {"valid": 4, "test": 3},
+        "found": {"train": 6, "valid": 2, "test": 2},
+        "seed": 0,
+        "by_type": True,
+    }
+
+
+def test_train_valid_test_without_types_is_exact():
+    adata = small(np.ones((101, 1)))
+    out = preprocess.train_valid_test(adata, 30, 21, label_key=None)
+    found = {"train": 50, "valid": 30, "test": 21}
+    assert out.uns["split"]["found"] == found
+    # Each cell is on one side, and only on one.
+    assert out.obs["split"].value_counts().to_dict() == found
+    assert not out.uns["split"]["by_type"]
+    first = out.obs["split"].tolist()
+    for seed, same in ((0, True), (1, False)):
+        again = preprocess.train_valid_test(adata, 30, 21, label_key=None, seed=seed)
+        assert (again.obs["split"].tolist() == first) == same
+
+
+def test_train_valid_test_errors():
+    adata = small(np.ones((10, 1)), ["a"] * 10)
+    for sizes in ((10, 0), (5, 5), (-1, 0), (3, -1)):
+        with pytest.raises(ConfigError, match=f"{sizes[0]} and {sizes[1]}.*10 cells"):
+            preprocess.train_valid_test(adata, *sizes)
+    with pytest.raises(DataError, match="Did you mean 'cell_type'"):
+        preprocess.train_valid_test(adata, 2, label_key="celltype")
 
 
 # --- rare types --------------------------------------------------------------------

@@ -8,6 +8,8 @@ import torch
 from scipy import sparse
 
 from scgenlib import published
+from scgenlib.cscgan import CscGANConfig, ScGANConfig
+from scgenlib.errors import ConfigError
 from scgenlib.garage import GAT, attention_scores, choose_seeds, knn_graph
 from scgenlib.nets import count_parameters
 
@@ -127,3 +129,153 @@ def test_sizes():
 def test_rare_utility_sizes(n_cells, n_rare, sizes):
     found = published.rare_utility_sizes(n_cells, n_rare)
     assert tuple(found.values()) == sizes
+
+
+# ------------------------------------------------------- scGAN and cscGAN
+
+
+def parameter_file(**changes):
+    """One experiment of the published parameter file, some entries replaced.
+
+    Keys of `changes` are paths with two underscores in place of a dot.
+    """
+    values = {
+        "input_ds": {
+            "clustering": {"res": 0.15},
+            "filtering": {"min_cells": 3, "min_genes": 10},
+            "raw_input": "cells.h5ad",
+            "scale": "normalize_per_cell_LS_20000",
+            "split": {
+                "balanced_split": True,
+                "split_seed": "default",
+                "test_cells": 0,
+                "valid_cells": 2000,
+            },
+        },
+        "training": {
+            "batch_size": 128,
+            "checkpoint": None,
+            "critic_iters": 5,
+            "learning_rate": {"alpha_0": 1e-4, "alpha_final": 1e-5, "decay": True},
+            "max_steps": 1_000_000,
+            "optimizer": {"algorithm": "AMSGrad", "beta1": 0.5, "beta2": 0.9},
+            "progress_freq": 10,
+            "save_freq": 1000,
+            "summary_freq": 50,
+            "validation_freq": 1000,
+        },
+        "model": {
+            "type": "cscGAN",
+            "latent_dim": 128,
+            "output_LSN": 20000,
+            "lambd": 10,
+            "critic_layers": [1024, 512, 256],
+            "gen_layers": [256, 512, 1024],
+            "critic_cond_type": "proj",
+            "gen_cond_type": "batchnorm",
+        },
+    }
+    for path, value in changes.items():
+        *above, last = path.split("__")
+        inner = values
+        for key in above:
+            inner = inner[key]
+        inner[last] = value
+    return values
+
+
+def paths(values, above=""):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from paths(value, f"{above}{key}.")
+        else:
+            yield above + key
+
+
+def test_every_entry_of_the_parameter_file_is_known():
+    assert set(published.SCGAN_PARAMETERS) == set(paths(parameter_file()))
+    fields = set(CscGANConfig.table().index)
+    others = {
+        "fit(adata)",
+        "fit(checkpoint_dir, resume)",
+        "the progress bar",
+        "ScGAN or CscGAN",
+    }
+    assert set(published.SCGAN_PARAMETERS.values()) - fields == others
+
+
+def test_the_parameter_file_gives_the_paper_profile():
+    assert published.scgan_config(parameter_file()) == CscGANConfig.profile("paper")
+    plain = published.scgan_config(parameter_file(model__type="scGAN"))
+    assert type(plain) is ScGANConfig and plain == ScGANConfig.profile("paper")
+
+
+def test_each_entry_of_the_parameter_file_arrives():
+    changes = {
+        "input_ds__clustering__res": 0.5,
+        "input_ds__filtering__min_cells": 4,
+        "input_ds__filtering__min_genes": 11,
+        "input_ds__scale": "normalize_per_cell_LS_300",
+        "input_ds__split__balanced_split": False,
+        "input_ds__split__split_seed": 6,
+        "input_ds__split__test_cells": 7,
+        "input_ds__split__valid_cells": 8,
+        "training__batch_size": 9,
+        "training__critic_iters": 2,
+        "training__learning_rate__alpha_0": 0.01,
+        "training__learning_rate__alpha_final": 0.001,
+        "training__learning_rate__decay": False,
+        "training__max_steps": 12,
+        "training__optimizer__algorithm": "Adam",
+        "training__optimizer__beta1": 0.1,
+        "training__optimizer__beta2": 0.2,
+        "training__save_freq": 13,
+        "training__summary_freq": 14,
+        "training__validation_freq": 15,
+        "model__latent_dim": 16,
+        "model__output_LSN": 300,
+        "model__lambd": 17,
+        "model__critic_layers": [18],
+        "model__gen_layers": [19, 20],
+        "model__critic_cond_type": "miyato",
+        "model__gen_cond_type": "layernorm",
+    }
+    made = published.scgan_config(parameter_file(**changes))
+    for path, value in changes.items():
+        name = published.SCGAN_PARAMETERS[path.replace("__", ".")]
+        expected = tuple(value) if isinstance(value, list) else value
+        expected = 300 if name == "target_sum" else expected
+        assert getattr(made, name) == expected, name
+    assert len(changes) == 31 - 4  # all but the four that are no field
+
+
+def test_null_entries_and_overrides():
+    file = parameter_file(model__output_LSN=None, input_ds__clustering__res=None)
+    made = published.scgan_config(file, max_steps=3, fake_labels="drawn")
+    assert made.output_lsn is None and made.clustering_res is None
+    assert made.max_steps == 3 and made.fake_labels == "drawn"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model__typ": "scGAN"}, "model.typ.*Did you mean 'model.type'"),
+        ({"model__type": "csGAN"}, "csGAN.*Did you mean 'cscGAN'"),
+        ({"input_ds__scale": "log"}, "log.*normalize_per_cell_LS_<total>"),
+        (
+            {"input_ds__scale": "normalize_per_cell_LS_"},
+            "normalize_per_cell_LS_<total>",
+        ),
+        ({"model__output_LSN": 10_000}, "output_lsn 10000.*target_sum 20000"),
+        ({"training__optimizer__algorithm": "SGD"}, "algorithm"),
+        ({"training__batch_size": "many"}, "batch_size.*many"),
+    ],
+)
+def test_a_parameter_file_that_cannot_be_read(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        published.scgan_config(parameter_file(**changes))
+
+
+def test_sorted_ratios_lose_the_order_of_the_classes():
+    assert published.sorted_ratios({"a": 0.2, "b": 0.5, "c": 0.3}) == [0.5, 0.3, 0.2]
+    assert published.sorted_ratios({"a": 0.5, "b": 0.3, "c": 0.2}) == [0.5, 0.3, 0.2]

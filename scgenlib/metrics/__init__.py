@@ -28,11 +28,13 @@ from scgenlib.metrics.generation import (
     two_sample_auroc,
     wasserstein,
 )
-from scgenlib.metrics.rare import rare_arms, rare_utility
+from scgenlib.metrics.rare import calibration, cut_type, rare_arms, rare_utility
 
 __all__ = [
     "ari",
     "ari_over_resolutions",
+    "calibration",
+    "cut_type",
     "feature_selection_utility",
     "gene_correlation",
     "gene_moments",

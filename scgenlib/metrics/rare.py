@@ -9,10 +9,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import sklearn
 from anndata import AnnData
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import precision_recall_fscore_support
+from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.class_weight import compute_sample_weight
 
 from scgenlib import baselines
@@ -21,6 +23,8 @@ from scgenlib.errors import ConfigError, DataError, message, unknown
 
 Arm: TypeAlias = "AnnData | str | None"
 CLASS_WEIGHTS = "class weights"
+#: Fewest cells that `cut_type` leaves.
+MIN_CELLS = 3
 
 
 def rare_arms(
@@ -29,6 +33,7 @@ def rare_arms(
     *,
     n_extra: int | None = None,
     label_key: str = "cell_type",
+    n_pcs: int = 50,
     seed: int = 0,
 ) -> dict[str, Arm]:
     """The arms that every generator is set against in `rare_utility`.
@@ -41,6 +46,9 @@ def rare_arms(
         The type to add cells of.
     n_extra
         Cells to add; None takes ten for each training cell of the type.
+    n_pcs
+        Principal components in which 'SMOTE in PCs' looks for neighbours; as many
+        as `rare_utility` gives the forest.
     seed
         Seed of the baselines.
 
@@ -48,7 +56,14 @@ def rare_arms(
     -------
     dict
         'real only', 'class weights' (the forest weights types equally),
-        'over-sampling', 'SMOTE', 'jittered copies'.
+        'over-sampling', 'SMOTE', 'SMOTE in PCs' (see Notes), 'jittered copies'.
+
+    Notes
+    -----
+    A principal component is linear in the genes. A point between two cells
+    therefore has scores between theirs, and only the choice of the neighbours
+    tells SMOTE in the components from SMOTE in the genes. So 'SMOTE in PCs'
+    also holds points between cells, with genes that are at least 0.
     """
     _need_type(train, rare_type, label_key, "training")
     if n_extra is None:
@@ -59,8 +74,90 @@ def rare_arms(
         CLASS_WEIGHTS: CLASS_WEIGHTS,
         "over-sampling": baselines.copy_cells(train, n_extra, **extra),
         "SMOTE": baselines.smote(train, n_extra, **extra),
+        "SMOTE in PCs": _smote_in_pcs(train, n_extra, n_pcs, **extra),
         "jittered copies": baselines.jitter(train, n_extra, **extra),
     }
+
+
+def _smote_in_pcs(
+    train: AnnData,
+    n: int,
+    n_pcs: int,
+    k: int = 5,
+    *,
+    seed: int,
+    label: str,
+    label_key: str,
+) -> AnnData:
+    """Return points between cells of a type that are neighbours in the components."""
+    x = as_matrix(train)
+    own = np.flatnonzero(labels_of(train, label_key) == label)
+    pca, values = fit_pca(x, n_pcs, seed), sp.csr_matrix(x[own])
+    rng = np.random.default_rng(seed)
+    # As in `baselines`: no cell is used again before all were.
+    rows = np.concatenate([rng.permutation(len(own)) for _ in range(-(-n // len(own)))])
+    mates = rows = rows[:n]
+    if near := min(k, len(own) - 1):
+        search = NearestNeighbors(n_neighbors=near, algorithm="brute")
+        table = search.fit(pca.transform(values)).kneighbors(return_distance=False)
+        mates = table[rows, rng.integers(near, size=n)]
+    share = rng.random(n).astype(np.float32)
+    points = sp.diags(1 - share) @ values[rows] + sp.diags(share) @ values[mates]
+    obs = pd.DataFrame({label_key: label}, [f"SMOTE-in-PCs-{i}" for i in range(n)])
+    return AnnData(sp.csr_matrix(points), obs, pd.DataFrame(index=train.var_names))
+
+
+def cut_type(
+    train: AnnData,
+    cell_type: str,
+    share: float,
+    seed: int = 0,
+    *,
+    label_key: str = "cell_type",
+) -> AnnData:
+    """Make a type rare: keep a share of its cells, and never fewer than three.
+
+    Parameters
+    ----------
+    train
+        Training cells with labels. Cut these only, not the cells that test.
+    cell_type
+        The type to cut.
+    share
+        Share of its cells to keep, above 0 and at most 1, rounded to whole cells.
+    seed
+        Seed of the draw. With one seed a smaller share keeps some of the cells
+        that a larger one keeps.
+
+    Returns
+    -------
+    AnnData
+        A copy, in the original order.
+
+    Raises
+    ------
+    ConfigError
+        The share is out of range.
+    DataError
+        The type is absent or has fewer than three cells.
+    """
+    _need_type(train, cell_type, label_key, "training")
+    if not 0 < share <= 1:
+        allowed = "above 0 and at most 1"
+        raise ConfigError(message("The share to keep", found=share, allowed=allowed))
+    is_type = labels_of(train, label_key) == cell_type
+    cells = np.random.default_rng(seed).permutation(np.flatnonzero(is_type))
+    if len(cells) < MIN_CELLS:
+        raise DataError(
+            message(
+                f"{cell_type!r} is too small to be cut",
+                found=f"{len(cells)} cells",
+                allowed=f"{MIN_CELLS} or more",
+            )
+        )
+    kept = np.ones(train.n_obs, dtype=bool)
+    kept[cells[max(MIN_CELLS, round(share * len(cells))) :]] = False
+    return train[kept].copy()
 
 
 def rare_utility(
@@ -99,7 +196,8 @@ def rare_utility(
     -------
     DataFrame
         One row an arm: 'arm', 'added', 'recall', 'precision', 'f1' (of the rare
-        type), 'macro_f1', 'balanced_accuracy', 'n_test_rare',
+        type), 'macro_f1', 'balanced_accuracy', 'brier', 'ece' (of the forest's
+        probability of the rare type, see `calibration`), 'n_test_rare',
         'classifier_hash' (equal in all rows).
 
     Raises
@@ -140,12 +238,15 @@ def rare_utility(
         weights = compute_sample_weight("balanced", y) if isinstance(arm, str) else None
         forest = RandomForestClassifier(n_trees, random_state=seed)
         forest.fit(pca.transform(x), y, sample_weight=weights)
-        guess = forest.predict(x_test)
+        votes = forest.predict_proba(x_test)
+        guess = forest.classes_[votes.argmax(1)]
+        of_rare = votes[:, forest.classes_ == rare_type].ravel()
         rows.append(
             {
                 "arm": name,
                 "added": len(y) - len(y_train),
                 **_scores(y_test, guess, rare_type),
+                **calibration(of_rare, y_test == rare_type),
                 "n_test_rare": int((y_test == rare_type).sum()),
                 "classifier_hash": classifier_hash(forest),
             }
@@ -154,6 +255,40 @@ def rare_utility(
     if table["classifier_hash"].nunique() != 1:
         raise AssertionError("the arms were not scored by the same classifier")
     return table
+
+
+def calibration(
+    probability: np.ndarray, is_it: np.ndarray, n_bins: int = 10
+) -> dict[str, float]:
+    """Say whether the probabilities of one type are as large as they should be.
+
+    Parameters
+    ----------
+    probability
+        Probability of the type for each cell, shape (n_cells,), from 0 to 1.
+    is_it
+        Whether the cell is of the type, shape (n_cells,), bool.
+    n_bins
+        Bins of equal width from 0 to 1; a bin holds its lower edge, the last one
+        both.
+
+    Returns
+    -------
+    dict
+        'brier': mean squared difference between probability and truth (Brier,
+        1950). 'ece': expected calibration error, the difference between mean
+        probability and share of the type in each bin, weighted by the cells in
+        it (Naeini et al., 2015). 0 is best for both. Where a type is rare both
+        are small even if it is never found: compare arms, not data sets.
+    """
+    p, y = np.asarray(probability, dtype=float), np.asarray(is_it, dtype=float)
+    # Votes are averages of many trees: 0.3 may come as 0.29999999999999993.
+    bins = np.minimum((p * n_bins + 1e-9).astype(int), n_bins - 1)
+    gaps = np.bincount(bins, weights=p - y, minlength=n_bins)
+    return {
+        "brier": float(((p - y) ** 2).mean()),
+        "ece": float(np.abs(gaps).sum() / len(p)),
+    }
 
 
 def classifier_hash(classifier: RandomForestClassifier) -> str:
