@@ -1,15 +1,15 @@
 """scGAN and cscGAN: a Wasserstein GAN that draws cells, and cells of a chosen type.
 
-The file reads from top to bottom: configuration, preparation of the cells, and the
-two estimators. The two networks and one training step of each stand in
-`scgenlib.wgan`, validation while training in `scgenlib.validation`.
+The file reads from top to bottom: configuration, then the two estimators. The two
+networks and one training step of each stand in `scgenlib.wgan`, validation while
+training in `scgenlib.validation`, the filter and the split in
+`scgenlib.preprocess.process`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
@@ -25,13 +25,11 @@ from scgenlib.errors import ConfigError, DataError, message, unknown
 from scgenlib.estimator import Config, Estimator, option
 from scgenlib.preprocess import (
     draw_molecules,
-    filter_cells_and_genes,
     linear_values,
     normalise,
     on_genes,
     scale_rows,
     select_genes,
-    train_valid_test,
 )
 from scgenlib.validation import validate
 from scgenlib.wgan import Critic, Generator, critic_step, generator_step, learning_rate
@@ -41,7 +39,6 @@ __all__ = [
     "CscGANConfig",
     "ScGAN",
     "ScGANConfig",
-    "process",
     "validate",
 ]
 
@@ -197,62 +194,6 @@ class CscGANConfig(ScGANConfig):
     )
 
 
-# ------------------------------------------------------------ preparing the cells
-
-
-def process(
-    adata: AnnData,
-    config: ScGANConfig | None = None,
-    *,
-    label_key: str | None = "cell_type",
-) -> AnnData:
-    """Filter cells and genes, name the types and split, as the original does.
-
-    Parameters
-    ----------
-    adata
-        Cells under the AnnData contract.
-    config
-        Its fields min_genes, min_cells, clustering_res, valid_cells, test_cells,
-        balanced_split and split_seed are used.
-    label_key
-        Column of the types. None finds them: Leiden clusters at `clustering_res`,
-        after the filter, into ``obs["cell_type"]``, named from the largest on.
-
-    Returns
-    -------
-    AnnData
-        A copy with ``obs["split"]`` (train, valid or test) and the sizes that the
-        split really has in ``uns["split"]``.
-
-    Raises
-    ------
-    ConfigError
-        More cells are to be set aside than there are.
-    DataError
-        Nothing passes the filter, or the label column is absent.
-    """
-    from scgenlib.metrics import leiden
-
-    c = config or CscGANConfig.profile("book")
-    kept = filter_cells_and_genes(adata, c.min_genes, c.min_cells)
-    if label_key is None:
-        if c.clustering_res is None:
-            do = "Give label_key, or a number as clustering_res."
-            raise ConfigError(message("There are no labels and no resolution", do=do))
-        few = kept[:, select_genes(kept, 1000)]
-        clusters = leiden(few, c.clustering_res, n_pcs=50, n_neighbors=15)
-        kept.obs["cell_type"] = pd.Categorical([f"cluster {i}" for i in clusters])
-        label_key = "cell_type"
-    return train_valid_test(
-        kept,
-        c.valid_cells,
-        c.test_cells,
-        label_key=label_key if c.balanced_split else None,
-        seed=c.split_seed,
-    )
-
-
 # ------------------------------------------------------------------ the estimators
 
 
@@ -263,6 +204,11 @@ class ScGAN(Estimator):
     ----------
     config, seed, device
         See `Estimator`; the configuration is a `ScGANConfig`.
+
+    Notes
+    -----
+    `fit` takes ``layers["counts"]``, or X without its logarithm where there are none,
+    and scales each cell to the total `target_sum` over the chosen genes.
     """
 
     method = "scgan"
@@ -271,32 +217,6 @@ class ScGAN(Estimator):
     config: ScGANConfig
 
     # ----- preparation
-
-    def fit(
-        self,
-        adata: AnnData,
-        *,
-        label_key: str | None = "cell_type",
-        callbacks: Iterable[training.Callback] = (),
-        checkpoint_dir: str | Path | None = None,
-        checkpoint_every: int | None = None,
-        resume: bool = False,
-    ) -> Self:
-        """Learn from cells; see `Estimator.fit`.
-
-        Counts are scaled to the total `target_sum` over the chosen genes; without
-        ``layers["counts"]`` the logarithm of X is undone first. A checkpoint is
-        written every `checkpoint_every` steps, the configuration's `save_freq` by
-        default.
-        """
-        return super().fit(
-            adata,
-            label_key=label_key,
-            callbacks=callbacks,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every or self.config.save_freq,
-            resume=resume,
-        )
 
     def _codes_of(self, adata: AnnData, label_key: str | None) -> np.ndarray:
         """Return the classes of the cells, (n_cells, n_conditions)."""
@@ -311,7 +231,9 @@ class ScGAN(Estimator):
         totals = np.asarray(linear.sum(axis=1), dtype=np.float64).ravel()
         # A cell without any of the chosen genes has no library to be scaled.
         kept = totals > 0
-        self._X = scale_rows(linear[kept], c.target_sum)
+        linear = linear if kept.all() else linear[kept]
+        self._X = scale_rows(linear, c.target_sum)
+        del linear
         codes = self._codes_of(adata[kept], label_key)
         self.sizes_ = {
             "n_genes": adata.n_vars,
@@ -333,24 +255,22 @@ class ScGAN(Estimator):
         return (1,)
 
     def _build(self) -> None:
-        c, conditions = self.config, self._conditions_used()
+        c = self.config
         n_genes, n_classes = self.sizes_["n_genes"], self.sizes_["n_classes"]
         self.modules_["generator"] = Generator(
             n_genes,
             n_classes,
             c.latent_dim,
             c.gen_layers,
-            cond_type=conditions["gen"],
+            cond_type=getattr(c, "gen_cond_type", "batchnorm"),
             output_lsn=c.output_lsn,
             log1p=c.critic_scale == "log1p",
             bn_momentum=c.bn_momentum,
         )
+        head = getattr(c, "critic_cond_type", "none")
         self.modules_["critic"] = Critic(
-            n_genes, n_classes, c.critic_layers, cond_type=conditions["critic"]
+            n_genes, n_classes, c.critic_layers, cond_type=head
         )
-
-    def _conditions_used(self) -> dict[str, str]:
-        return {"gen": "batchnorm", "critic": "none"}
 
     # ----- training
 
@@ -410,7 +330,7 @@ class ScGAN(Estimator):
         # No graph of the generator is built here: only the critic learns.
         with torch.no_grad():
             generator = self.modules_["generator"]
-            if self._draws_labels():
+            if getattr(self.config, "fake_labels", "paired") == "drawn":
                 batch["fake_codes"] = other = self._codes(self._rows())
                 batch["fake"] = generator(z, other)
                 batch["partner"] = generator(z, codes)
@@ -418,16 +338,10 @@ class ScGAN(Estimator):
                 batch["fake"] = generator(z, codes)
         return batch
 
-    def _draws_labels(self) -> bool:
-        return False
-
-    def _is_balanced(self) -> bool:
-        return False
-
     def _rows(self) -> np.ndarray:
         """Draw the training cells of one batch."""
         n, size, device = len(self._group), self.config.batch_size, self.device_
-        if not self._is_balanced():
+        if not getattr(self.config, "class_balance", False):
             return _draw(n, size, self.rng_, device)
         # Equal numbers of every type in the long run: first a type, then a cell of it.
         classes = _draw(int(self._group.max()) + 1, size, self.rng_, device)
@@ -515,7 +429,8 @@ class ScGAN(Estimator):
         Returns
         -------
         AnnData
-            X: CSR float32, log(1 + y) with y scaled to 10,000 a cell.
+            X: CSR float32, log(1 + y) with y scaled to 10,000 a cell. (Without the
+            library-size layer totals vary, in the same unit.)
 
         Raises
         ------
@@ -613,7 +528,7 @@ class CscGAN(ScGAN):
 
     def _codes_of(self, adata: AnnData, label_key: str | None) -> np.ndarray:
         if label_key is None:
-            do = "Give label_key, or find types first with cscgan.process."
+            do = "Give label_key, or find types first with preprocess.process."
             raise DataError(message("cscGAN needs cell types to learn from", do=do))
         sizes = adata.obs[label_key].astype(str).value_counts()
         sizes = sizes.reindex(self.labels_, fill_value=0)
@@ -629,10 +544,14 @@ class CscGAN(ScGAN):
         columns = [np.searchsorted(self.labels_, adata.obs[label_key].astype(str))]
         self._levels = []
         for name in self.config.extra_conditions:
-            if name not in adata.obs:
+            others = [column for column in adata.obs if column != label_key]
+            if name not in others:
                 raise unknown(
-                    "column for extra_conditions", name, adata.obs, error=DataError
+                    "column for extra_conditions", name, others, error=DataError
                 )
+            if adata.obs[name].isna().any():
+                do = "Drop these cells, or name what is missing."
+                raise DataError(message(f"Some cells have no {name!r}", do=do))
             column = adata.obs[name].astype(str)
             self._levels.append(sorted(column.unique()))
             columns.append(np.searchsorted(self._levels[-1], column))
@@ -646,19 +565,12 @@ class CscGAN(ScGAN):
         names = self.config.extra_conditions
         self.facts_["levels"] = dict(zip(names, self._levels, strict=True))
 
-    def _conditions_used(self) -> dict[str, str]:
-        c = self.config
-        return {"gen": c.gen_cond_type, "critic": c.critic_cond_type}
-
-    def _draws_labels(self) -> bool:
-        return self.config.fake_labels == "drawn"
-
-    def _is_balanced(self) -> bool:
-        return self.config.class_balance
-
     def like(self, cells: AnnData) -> dict[str, int]:
         """Return what to ask `generate` for, to get cells in the numbers of `cells`."""
-        sizes = cells.obs[self.label_key_].astype(str).value_counts()
+        key = str(self.label_key_)
+        if key not in cells.obs:
+            raise unknown("label column", key, cells.obs, error=DataError)
+        sizes = cells.obs[key].astype(str).value_counts()
         return {name: int(sizes[name]) for name in self.labels_ if name in sizes}
 
     def generate(
@@ -722,7 +634,9 @@ class CscGAN(ScGAN):
     def _wanted(self, cells: Any) -> dict[str, int]:
         """Return the number of cells of each type, in the order asked for."""
         labels = self.labels_
-        if isinstance(cells, int | np.integer):
+        if isinstance(cells, np.ndarray):
+            cells = cells.tolist()
+        if isinstance(cells, int | np.integer) and not isinstance(cells, bool):
             if cells < 1:
                 raise ConfigError(message("No cell is asked for", found=cells))
             known = self.arrays_["codes"][:, 0].numpy()
@@ -732,6 +646,13 @@ class CscGAN(ScGAN):
             rest = np.argsort(share - exact, kind="stable")[: cells - share.sum()]
             share[rest] += 1
             cells = share.tolist()
+        if isinstance(cells, pd.Series):
+            cells = cells.to_dict()
+        if isinstance(cells, str) or not isinstance(cells, Mapping | Sequence):
+            allowed = "a number, one for each type, or a dict of type to number"
+            raise ConfigError(
+                message("cells cannot be read", found=cells, allowed=allowed)
+            )
         if not isinstance(cells, Mapping):
             if len(cells) != len(labels):
                 raise ConfigError(

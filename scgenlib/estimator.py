@@ -294,7 +294,7 @@ class Estimator:
         label_key: str | None = "cell_type",
         callbacks: Iterable[training.Callback] = (),
         checkpoint_dir: str | Path | None = None,
-        checkpoint_every: int = 500,
+        checkpoint_every: int | None = None,
         resume: bool = False,
     ) -> Self:
         """Learn from cells.
@@ -309,8 +309,9 @@ class Estimator:
             Functions called with a `training.Event` after each step; one that
             returns True ends the phase.
         checkpoint_dir
-            Folder for a checkpoint, written every `checkpoint_every` steps and
-            after each phase.
+            Folder for a checkpoint, written every `checkpoint_every` steps (the
+            configuration's ``save_freq`` if it has one, otherwise 500) and after
+            each phase.
         resume
             Go on from the checkpoint in `checkpoint_dir`, if there is one, to the
             same numbers as an unbroken run.
@@ -328,6 +329,8 @@ class Estimator:
         from scgenlib.contract import check_anndata
 
         check_anndata(adata, label_key=label_key, need_counts=self.needs_counts)
+        if checkpoint_every is None:
+            checkpoint_every = int(getattr(self.config, "save_freq", 500))
         if checkpoint_every < 1:
             raise ConfigError(
                 message("checkpoint_every must be at least 1", found=checkpoint_every)
@@ -344,6 +347,7 @@ class Estimator:
                 self.labels_ = sorted(map(str, adata.obs[label_key].unique()))
             self.n_cells_ = adata.n_obs
             keys = [label_key or "", "batch", "perturbation"]
+            keys += getattr(self.config, "extra_conditions", ())
             self.data_hash_ = data_hash(adata, [k for k in keys if k in adata.obs])
             begun = time.perf_counter()
             self._prepare(adata, label_key)

@@ -48,7 +48,10 @@ def validate(
 
     def look(event: training.Event) -> None:
         model: Any = event.model
-        if not made:
+        # The same callback may serve another fit, with other genes.
+        if made.get("data") != model.data_hash_ or made["genes"] != model.genes_:
+            made.clear()
+            made.update(data=model.data_hash_, genes=model.genes_)
             some = valid[: min(n_cells, valid.n_obs)]
             if valid.n_obs > n_cells:
                 rows = np.random.default_rng(0).permutation(valid.n_obs)[:n_cells]

@@ -188,8 +188,10 @@ def critic_loss(
         'critic_loss', 'penalty' (not weighted) and 'wasserstein', the mean score of
         real cells minus that of generated ones.
     """
-    of_fake = critic(fake, codes if fake_codes is None else fake_codes)
-    gap = -wasserstein_critic_loss(critic(real, codes), of_fake)
+    # One pass over both: fewer and larger products.
+    both = torch.cat([codes, codes if fake_codes is None else fake_codes])
+    scores = critic(torch.cat([real, fake]), both)
+    gap = -wasserstein_critic_loss(*scores.split([len(real), len(fake)]))
     ends = real, fake if partner is None else partner
     penalty = gradient_penalty(lambda x: critic(x, codes), *ends, share=share)
     loss = lambd * penalty - gap
@@ -224,7 +226,7 @@ def critic_gradient(
     with torch.enable_grad():
         vector, bias = critic.head(torch.cat([codes, fake_codes, codes]))
     # Rows of every table from here on: real, generated, between.
-    cells = torch.empty(3 * n, real.shape[1], device=real.device)
+    cells = real.new_empty(3 * n, real.shape[1])
     torch.cat([real, fake], out=cells[: 2 * n])
     value = cells.new_empty(3 * n, layers[0].out_features)
     first = layers[0](cells[: 2 * n])

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ.setdefault(_name, "2")
+# One setting is enough: the other two follow it.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+for _name in ("MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(_name, os.environ["OMP_NUM_THREADS"])
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
 

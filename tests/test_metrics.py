@@ -307,6 +307,8 @@ def test_leiden_finds_types_and_repeats(train):
     again = metrics.leiden(train, 0.5, n_pcs=5, n_neighbors=10, seed=1)
     assert (found == again).all()
     assert metrics.ari(train.obs["cell_type"], found) > 0.6
+    # Numbered from the largest on, whatever igraph's order was.
+    assert (np.diff(np.bincount(found)) <= 0).all()
 
 
 def test_best_over_a_grid_is_at_least_the_score_at_one(train):

@@ -301,7 +301,10 @@ def _partition(graph: AnnData, resolution: float, seed: int) -> np.ndarray:
             directed=False,
             random_state=seed,
         )
-    return graph.obs["leiden"].astype(int).to_numpy()
+    found = graph.obs["leiden"].astype(int).to_numpy()
+    # igraph's numbers follow no rule: 0 becomes the largest cluster.
+    by_size = np.argsort(-np.bincount(found), kind="stable")
+    return np.argsort(by_size)[found]
 
 
 def _excess_cv2(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
