@@ -21,7 +21,14 @@ import scgenlib
 from scgenlib._matrix import fit_pca
 from scgenlib.errors import ConfigError, DataError, message, unknown
 
-__all__ = ["copy_cells", "jitter", "pc_gaussian", "shuffle_genes", "smote"]
+__all__ = [
+    "copy_cells",
+    "jitter",
+    "negative_binomial",
+    "pc_gaussian",
+    "shuffle_genes",
+    "smote",
+]
 
 
 def copy_cells(
@@ -210,6 +217,72 @@ def pc_gaussian(
     values = np.maximum(pca.inverse_transform(new), 0).astype(np.float32)
     about = {"label": label, "n_pcs": n_pcs}
     return _cells(train, values, drawn, "PC-Gaussian", label_key, seed, **about)
+
+
+def negative_binomial(
+    train: AnnData,
+    n: int,
+    *,
+    seed: int = 0,
+    label: str | None = None,
+    label_key: str = "cell_type",
+) -> AnnData:
+    """Draw each gene of a type on its own, from a negative binomial of its counts.
+
+    A new cell takes the depth of a training cell of its type. Gene g has the mean
+    depth x (share of g in the type) and one dispersion per type, by moments. Within
+    a type all relations between genes go, except through depth.
+
+    Parameters
+    ----------
+    train, n, seed, label, label_key
+        As in `copy_cells`; `train` needs ``layers["counts"]``.
+
+    Raises
+    ------
+    DataError
+        There are no counts, or a cell has none.
+    """
+    rng, pool, types = _begin(train, n, seed, label, label_key)
+    if "counts" not in train.layers:
+        do = "Use data with counts."
+        raise DataError(message("A negative binomial is fitted to counts", do=do))
+    kept = np.ones(train.n_obs, bool)
+    if label is not None:
+        kept = train.obs[label_key].astype(str).to_numpy() == label
+    counts = sp.csr_matrix(train.layers["counts"][kept], dtype=np.float64)
+    depth = np.asarray(counts.sum(axis=1)).ravel()
+    if depth.min() == 0:
+        raise DataError(message("Some cells have no counts", found=(depth == 0).sum()))
+    # What one molecule is worth in X before the logarithm, cell by cell.
+    worth = np.asarray(pool.expm1().sum(axis=1)).ravel() / depth
+    rows = _draw(rng, len(types), n)
+    drawn = types[rows]
+    blocks, order = [], []
+    for name in np.unique(drawn):
+        own = types == name
+        share, spread = _moments(counts[own], depth[own])
+        mine = np.flatnonzero(drawn == name)
+        for part in np.array_split(mine, -(-len(mine) * len(share) // 10_000_000)):
+            mean = depth[rows[part], None] * share
+            noise = rng.gamma(1 / spread, spread, mean.shape)
+            new = sp.csr_matrix(rng.poisson(mean * noise), dtype=np.float32)
+            blocks.append((sp.diags(worth[rows[part]]) @ new).log1p())
+            order.append(part)
+    back = np.argsort(np.concatenate(order))
+    values = sp.vstack(blocks, "csr")[back].astype(np.float32)
+    return _cells(train, values, drawn, "NB", label_key, seed, label=label)
+
+
+def _moments(counts: sp.csr_matrix, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each gene's share of the molecules, and its dispersion, at least 1e-3."""
+    share = np.asarray(counts.sum(axis=0)).ravel() / depth.sum()
+    square = np.asarray(counts.power(2).sum(axis=0)).ravel()
+    cross = np.asarray(counts.T @ depth).ravel()
+    left = square - 2 * share * cross + share**2 * (depth**2).sum()
+    poisson, scale = share * depth.sum(), share**2 * (depth**2).sum()
+    spread = np.divide(left - poisson, scale, out=np.zeros_like(left), where=scale > 0)
+    return share, np.maximum(spread, 1e-3)
 
 
 def _begin(

@@ -21,6 +21,7 @@ ALL = [
     baselines.smote,
     baselines.shuffle_genes,
     baselines.pc_gaussian,
+    baselines.negative_binomial,
 ]
 name = pytest.mark.parametrize("generator", ALL, ids=lambda f: f.__name__)
 
@@ -35,9 +36,11 @@ def train():
     values = sp.csr_matrix(np.log1p(rng.poisson(rate)), dtype=np.float32)
     obs = pd.DataFrame({"cell_type": pd.Categorical(types)})
     obs.index = [f"c{i}" for i in range(len(types))]
-    return AnnData(
+    made = AnnData(
         values, obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(25)])
     )
+    made.layers["counts"] = values.expm1().rint()
+    return made
 
 
 def dense(cells):
@@ -175,3 +178,31 @@ def test_gaussian_has_the_mean_and_covariance_of_its_type(train):
     assert np.allclose(np.cov(made[:, high].T), np.cov(own[:, high].T), atol=0.03)
     with pytest.raises(DataError, match="two cells"):
         baselines.pc_gaussian(train, 5, label="lone")
+
+
+def test_negative_binomial_keeps_means_and_spread_and_drops_pairs():
+    # Two genes that move together, one Poisson gene, in one type of constant depth.
+    rng = np.random.default_rng(0)
+    shared = rng.gamma(2.0, 0.5, 4000)  # mean 1, variance 1/2: dispersion 0.5
+    counts = rng.poisson(np.c_[shared * 20, shared * 20, np.full(4000, 60.0)])
+    counts = np.c_[counts, 400 - counts.sum(1)]  # the rest: depth is 400
+    counts = counts[(counts >= 0).all(1)]
+    real = AnnData(sp.csr_matrix(np.log1p(counts * 2.0).astype(np.float32)))
+    real.layers["counts"] = sp.csr_matrix(counts)
+    real.obs["cell_type"] = pd.Categorical(["a"] * len(counts))
+    new = baselines.negative_binomial(real, 3000, seed=1)
+    made = new.X.expm1().toarray() / 2.0  # one molecule is worth 2
+    np.testing.assert_allclose(made, made.round(), atol=1e-3)
+    np.testing.assert_allclose(made[:, :3].mean(0), [20, 20, 60], rtol=0.06)
+    # Variance of a negative binomial: mean + dispersion x mean^2.
+    np.testing.assert_allclose(made[:, :2].var(0), 20 + 0.5 * 400, rtol=0.2)
+    assert made[:, 2].var() < 1.3 * 60
+    assert np.corrcoef(counts[:, 0], counts[:, 1])[0, 1] > 0.8
+    assert abs(np.corrcoef(made[:, 0], made[:, 1])[0, 1]) < 0.1
+
+
+def test_negative_binomial_needs_counts(train):
+    bare = train.copy()
+    bare.layers.clear()
+    with pytest.raises(DataError, match="counts"):
+        baselines.negative_binomial(bare, 5)
