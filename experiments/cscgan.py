@@ -186,7 +186,7 @@ def ladder(
             # Every form chooses the same genes, for it sees the same cells.
             seen, unseen = model.align(train), model.align(test)
             judge = judge_of(seen, seed)
-            rows += rungs_without_model(seen, unseen, judge, trees, seed)
+            rows += rungs_without_model(train, seen, unseen, judge, trees, seed)
         cells = made_by(model, train, seed)
         row = {
             "seed": seed,
@@ -212,6 +212,7 @@ def form_of(form: str, config: CscGANConfig) -> ScGANConfig:
 
 
 def rungs_without_model(
+    train: AnnData,
     seen: AnnData,
     unseen: AnnData,
     judge: Callable[[AnnData], float],
@@ -230,8 +231,13 @@ def rungs_without_model(
         "PC Gaussian": baselines.pc_gaussian,
         "gene shuffle": baselines.shuffle_genes,
     }
-    for arm, make in makers.items():
-        cells = make(seen, min(seen.n_obs, MAX_MADE), seed=seed)
+    n = min(seen.n_obs, MAX_MADE)
+    made = {arm: make(seen, n, seed=seed) for arm, make in makers.items()}
+    if "counts" in train.layers:
+        genes = seen.var_names
+        counted = baselines.negative_binomial(train[:, genes], n, seed=seed)
+        made["NB per type"] = preprocess.on_genes(counted, genes)
+    for arm, cells in made.items():
         row = {"arm": arm, **score(cells, seen, unseen, trees)}
         rows.append({**row, "type_agreement": judge(cells)})
     return [{"seed": seed, **row} for row in rows]
