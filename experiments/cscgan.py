@@ -24,17 +24,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _runs import Rows, add, some
 from anndata import AnnData
 from sklearn.ensemble import RandomForestClassifier
 
@@ -47,12 +43,12 @@ from scgenlib import (
     datasets,
     metrics,
     preprocess,
-    records,
     training,
 )
 from scgenlib._matrix import fit_pca
-from scgenlib.estimator import data_hash
 
+#: Modules whose code makes the numbers.
+MODULES = ["cscgan", "metrics", "baselines", "datasets"]
 #: Cells that the pairwise metrics look at; larger sets are subsampled, seeded.
 MAX_CELLS = 1000
 #: Most cells that are generated; fewer where there are fewer training cells.
@@ -73,13 +69,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "cscGAN, layer norm": {"gen_cond_type": "layernorm"},
     "cscGAN, raw values": {"critic_scale": "linear"},
 }
-
-Rows = list[dict[str, Any]]
-
-
-def some(cells: AnnData, n: int, seed: int = 0) -> AnnData:
-    """Return n cells at random: generated rows come type by type."""
-    return cells[np.random.default_rng(seed).permutation(cells.n_obs)[:n]]
 
 
 def large_enough(adata: AnnData, n: int = 3) -> AnnData:
@@ -370,60 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         begun = time.perf_counter()
         for name, rows in run(adata, config, args, seed):
-            add(name, rows, adata, config, args, time.perf_counter() - begun)
+            seconds = time.perf_counter() - begun
+            add(__file__, name, rows, adata, config, args, seconds, MODULES, key_of)
             begun = time.perf_counter()
-
-
-def add(
-    name: str,
-    rows: Rows,
-    adata: AnnData,
-    config: CscGANConfig,
-    args: argparse.Namespace,
-    seconds: float,
-) -> None:
-    """Write one seed's rows, beside those of other seeds of the same experiment.
-
-    So a long run that was stopped keeps its finished seeds, and seeds can run side
-    by side. Rows made by other code, settings or cells are not kept.
-    """
-    path = records.record_path("cscgan", args.dataset, name, args.results_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    device = training.resolve_device(args.device)
-    same = {
-        "data_hash": data_hash(adata),
-        "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
-        "profile": args.profile,
-        "threads": args.threads,
-        "device_type": device.type,
-    }
-    # The folder is the lock: no file is left that another run may wait for.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        if path.is_file():
-            old = json.loads(path.read_text())
-            made = old["provenance"]
-            if old["config"] == config.to_dict() and same.items() <= made.items():
-                new = {key_of(row) for row in rows}
-                rows = [row for row in old["rows"] if key_of(row) not in new] + rows
-                rows.sort(key=lambda row: row["seed"])
-                seconds += made["seconds"]
-        records.write_record(
-            path,
-            rows,
-            config,
-            device=device,
-            seconds=seconds,
-            modules=["cscgan", "metrics", "baselines", "datasets"],
-            n_seeds=len({row["seed"] for row in rows}),
-            n_cells=adata.n_obs,
-            n_genes=adata.n_vars,
-            **same,
-        )
-    finally:
-        os.close(folder)
-    print(path.name, f"{len(rows)} rows", flush=True)
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:

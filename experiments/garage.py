@@ -24,17 +24,14 @@ writes garage-<dataset>-paper.json alone: the published sizes, for a GPU.
 from __future__ import annotations
 
 import argparse
-import fcntl
-import hashlib
 import itertools
-import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _runs import add, some
 from anndata import AnnData
 
 from scgenlib import (
@@ -45,15 +42,15 @@ from scgenlib import (
     metrics,
     preprocess,
     published,
-    records,
     simulate,
     training,
 )
-from scgenlib.estimator import data_hash
 
 LEAKS = (0.0, 0.2, 0.5)
 RULES = ("random",)
 PRIORITY_WEIGHTS = (0.0, 2.0, 8.0)
+#: Modules whose code makes the numbers.
+MODULES = ["garage", "published", "metrics", "baselines", "datasets"]
 #: Cells that the pairwise metrics look at; larger sets are subsampled, seeded.
 MAX_CELLS = 1000
 
@@ -61,11 +58,6 @@ MAX_CELLS = 1000
 def rare_share(labels: Any, rare: list[str]) -> float:
     """Return the share of cells whose type is rare."""
     return float(np.isin(np.asarray(labels, dtype=str), rare).mean())
-
-
-def some(cells: AnnData, n: int, seed: int = 0) -> AnnData:
-    """Return n cells at random: generated rows come noise first, seeds last."""
-    return cells[np.random.default_rng(seed).permutation(cells.n_obs)[:n]]
 
 
 def watch(train: AnnData, n: int = 300) -> training.Callback:
@@ -240,54 +232,8 @@ def main() -> None:
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         begun = time.perf_counter()
         for name, rows in run(adata, config, args, seed).items():
-            add(name, rows, adata, config, args, time.perf_counter() - begun)
-
-
-def add(
-    name: str,
-    rows: list[dict[str, Any]],
-    adata: AnnData,
-    config: GARAGEConfig,
-    args: argparse.Namespace,
-    seconds: float,
-) -> None:
-    """Write one seed's rows, beside those of other seeds of the same experiment.
-
-    So a long run that was stopped keeps its finished seeds, and seeds can run side
-    by side. Rows made by other code, settings or cells are not kept.
-    """
-    path = records.record_path("garage", args.dataset, name, args.results_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    same = {
-        "data_hash": data_hash(adata),
-        "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
-        "profile": args.profile,
-        "threads": args.threads,
-    }
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.is_file():
-            old = json.loads(path.read_text())
-            made = old["provenance"]
-            if old["config"] == config.to_dict() and same.items() <= made.items():
-                new = {row["seed"] for row in rows}
-                rows = [row for row in old["rows"] if row["seed"] not in new] + rows
-                rows.sort(key=lambda row: row["seed"])
-                seconds += made["seconds"]
-        records.write_record(
-            path,
-            rows,
-            config,
-            device=training.resolve_device(args.device),
-            seconds=seconds,
-            modules=["garage", "published", "metrics", "baselines", "datasets"],
-            n_seeds=len({row["seed"] for row in rows}),
-            n_cells=adata.n_obs,
-            n_genes=adata.n_vars,
-            **same,
-        )
-    Path(lock.name).unlink(missing_ok=True)
-    print(path.name, f"{len(rows)} rows", flush=True)
+            seconds = time.perf_counter() - begun
+            add(__file__, name, rows, adata, config, args, seconds, MODULES)
 
 
 def full_size(

@@ -96,6 +96,7 @@ def smote(
     n: int,
     k: int = 5,
     *,
+    n_pcs: int | None = None,
     seed: int = 0,
     label: str | None = None,
     label_key: str = "cell_type",
@@ -112,11 +113,15 @@ def smote(
         As in `copy_cells`. Without `label`, types come in the training shares.
     k
         Neighbours to choose from; at least 1.
+    n_pcs
+        Look for neighbours in this many principal components of all cells of
+        `train`; None looks in the genes. Points lie between cells either way.
     """
     if k < 1:
         raise ConfigError(message("SMOTE's neighbours", found=k, allowed="at least 1"))
     rng, pool, types = _begin(train, n, seed, label, label_key)
     rows = _draw(rng, pool.shape[0], n)
+    place = (lambda x: x) if n_pcs is None else fit_pca(train.X, n_pcs, seed).transform
     mates = rows.copy()
     for name in np.unique(types[rows]):
         members = np.flatnonzero(types == name)
@@ -124,13 +129,13 @@ def smote(
         if near == 0:
             continue
         search = NearestNeighbors(n_neighbors=near, algorithm="brute")
-        table = search.fit(pool[members]).kneighbors(return_distance=False)
+        table = search.fit(place(pool[members])).kneighbors(return_distance=False)
         chosen = np.flatnonzero(types[rows] == name)
         at = np.searchsorted(members, rows[chosen])
         mates[chosen] = members[table[at, rng.integers(near, size=len(chosen))]]
     share = rng.random(n).astype(np.float32)
     values = sp.diags(1 - share) @ pool[rows] + sp.diags(share) @ pool[mates]
-    about = {"label": label, "k": k}
+    about = {"label": label, "k": k, "n_pcs": n_pcs}
     return _cells(
         train, sp.csr_matrix(values), types[rows], "SMOTE", label_key, seed, **about
     )

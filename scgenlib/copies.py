@@ -1,7 +1,8 @@
 """Say how near generated cells are to the cells that a model was trained on.
 
-A fitted model keeps its training cells as principal components only, at most 5,000
-of them: enough to notice copies, too little to give the cells away.
+A fitted model keeps principal components of at most 5,000 training cells. Turned back
+into genes they are blurred cells: with confidential data, treat a saved model as you
+treat the data.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from anndata import AnnData
 
 from scgenlib import training
+from scgenlib._matrix import subsample
 from scgenlib.errors import unknown
 
 __all__ = ["validate"]
@@ -52,11 +52,7 @@ def validate(
         if made.get("data") != model.data_hash_ or made["genes"] != model.genes_:
             made.clear()
             made.update(data=model.data_hash_, genes=model.genes_)
-            some = valid[: min(n_cells, valid.n_obs)]
-            if valid.n_obs > n_cells:
-                rows = np.random.default_rng(0).permutation(valid.n_obs)[:n_cells]
-                some = valid[np.sort(rows)]
-            made["real"] = model.align(some)
+            made["real"] = model.align(subsample(valid, n_cells, 0))
         real = made["real"]
         fake = model.generate(model.like(real), seed=model.seed, report=False)
         terms = {

@@ -9,12 +9,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import sklearn
 from anndata import AnnData
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import precision_recall_fscore_support
-from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.class_weight import compute_sample_weight
 
 from scgenlib import baselines
@@ -74,37 +72,9 @@ def rare_arms(
         CLASS_WEIGHTS: CLASS_WEIGHTS,
         "over-sampling": baselines.copy_cells(train, n_extra, **extra),
         "SMOTE": baselines.smote(train, n_extra, **extra),
-        "SMOTE in PCs": _smote_in_pcs(train, n_extra, n_pcs, **extra),
+        "SMOTE in PCs": baselines.smote(train, n_extra, n_pcs=n_pcs, **extra),
         "jittered copies": baselines.jitter(train, n_extra, **extra),
     }
-
-
-def _smote_in_pcs(
-    train: AnnData,
-    n: int,
-    n_pcs: int,
-    k: int = 5,
-    *,
-    seed: int,
-    label: str,
-    label_key: str,
-) -> AnnData:
-    """Return points between cells of a type that are neighbours in the components."""
-    x = as_matrix(train)
-    own = np.flatnonzero(labels_of(train, label_key) == label)
-    pca, values = fit_pca(x, n_pcs, seed), sp.csr_matrix(x[own])
-    rng = np.random.default_rng(seed)
-    # As in `baselines`: no cell is used again before all were.
-    rows = np.concatenate([rng.permutation(len(own)) for _ in range(-(-n // len(own)))])
-    mates = rows = rows[:n]
-    if near := min(k, len(own) - 1):
-        search = NearestNeighbors(n_neighbors=near, algorithm="brute")
-        table = search.fit(pca.transform(values)).kneighbors(return_distance=False)
-        mates = table[rows, rng.integers(near, size=n)]
-    share = rng.random(n).astype(np.float32)
-    points = sp.diags(1 - share) @ values[rows] + sp.diags(share) @ values[mates]
-    obs = pd.DataFrame({label_key: label}, [f"SMOTE-in-PCs-{i}" for i in range(n)])
-    return AnnData(sp.csr_matrix(points), obs, pd.DataFrame(index=train.var_names))
 
 
 def cut_type(
