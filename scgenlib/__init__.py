@@ -15,12 +15,16 @@ _EXPORTS = {
     "CscGANConfig": "cscgan",
     "ScGAN": "cscgan",
     "ScGANConfig": "cscgan",
+    "ScGACL": "scgacl",
+    "ScGACLConfig": "scgacl",
 }
 _MODULES = (
     "baselines",
     "chapter",
+    "completion",
     "cscgan",
     "datasets",
+    "dropout",
     "errors",
     "estimator",
     "garage",
@@ -30,8 +34,10 @@ _MODULES = (
     "plots",
     "preprocess",
     "published",
+    "scgacl",
     "simulate",
     "training",
+    "vaegan",
     "wgan",
 )
 

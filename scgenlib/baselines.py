@@ -3,7 +3,7 @@
 Each takes real training cells and returns AnnData under the same contract as a
 model's `generate`: log1p values, at least 0, the same genes, `obs['cell_type']`,
 provenance in `uns['scgenlib']` under a model's keys. With `label` only cells of
-that type are used.
+that type are used. The simple imputers are offered here too (`scgenlib.imputers`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,30 @@ from sklearn.neighbors import NearestNeighbors
 import scgenlib
 from scgenlib._matrix import fit_pca
 from scgenlib.errors import ConfigError, DataError, message, unknown
+from scgenlib.imputers import (
+    alra,
+    diffusion,
+    gene_mean,
+    knn_smoothing,
+    nb_autoencoder,
+    none,
+    type_mean,
+)
 
 __all__ = [
+    "alra",
     "copy_cells",
+    "diffusion",
+    "gene_mean",
     "jitter",
+    "knn_smoothing",
+    "nb_autoencoder",
     "negative_binomial",
+    "none",
     "pc_gaussian",
     "shuffle_genes",
     "smote",
+    "type_mean",
 ]
 
 

@@ -62,19 +62,34 @@ def _schema() -> dict[str, Any]:
     return json.loads((_manifest_dir() / "schema.json").read_text())
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """Read one manifest and check it against the schema."""
-    import jsonschema
+def _read_manifests(path: Path) -> builtins.list[dict[str, Any]]:
+    """Read one file: a manifest, or one for each of its designs."""
     import yaml
 
-    from scgenlib.readers import READERS
-
     try:
-        manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
+        shared = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ManifestError(
             message(f"{path.name} is not YAML", found=str(error).splitlines()[0])
         ) from error
+    designs = shared.get("designs") if isinstance(shared, dict) else None
+    if not isinstance(designs, dict) or not all(
+        isinstance(own, dict) for own in designs.values()
+    ):
+        return [_checked(shared, path)]
+    rest = {field: value for field, value in shared.items() if field != "designs"}
+    return [
+        _checked(rest | own | {"name": f"{rest.get('name')}/{key}"}, path)
+        for key, own in designs.items()
+    ]
+
+
+def _checked(manifest: Any, path: Path) -> dict[str, Any]:
+    """Return a manifest that fits the schema, or raise naming the field."""
+    import jsonschema
+
+    from scgenlib.readers import READERS
+
     errors = builtins.list(
         jsonschema.Draft202012Validator(_schema()).iter_errors(manifest)
     )
@@ -122,7 +137,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 @functools.cache
 def _manifests() -> dict[str, dict[str, Any]]:
-    found = [_read_manifest(path) for path in sorted(_manifest_dir().glob("*.yml"))]
+    paths = sorted(_manifest_dir().glob("*.yml"))
+    found = [manifest for path in paths for manifest in _read_manifests(path)]
     # What loads without a network comes first.
     found.sort(key=lambda m: (not m["embedded"], not m["verified"], m["name"]))
     return {manifest["name"]: manifest for manifest in found}
@@ -132,14 +148,24 @@ def _manifest(name: str | Path) -> tuple[dict[str, Any], Path | None]:
     """Return a manifest by name or path, and the folder it lies in if by path."""
     if str(name).endswith((".yml", ".yaml")):
         path = _existing(Path(name))
-        return _read_manifest(path), path.parent
+        manifest, *others = _read_manifests(path)
+        if others:
+            raise ManifestError(
+                message(
+                    f"{path.name} holds {len(others) + 1} designs",
+                    allowed="one data set in a manifest that is given by path",
+                    do="Copy the design that you mean, without `designs`.",
+                )
+            )
+        return manifest, path.parent
     known = _manifests()
     if str(name) not in known:
+        designs = [design for design in known if design.startswith(f"{name}/")]
         raise DataError(
             message(
-                "Unknown data set",
+                f"{name} is a family of data sets" if designs else "Unknown data set",
                 found=str(name),
-                allowed=[*known],
+                allowed=", ".join(designs) or [*known],
                 do="Also allowed: 'simulated:<name>', a path to an .h5ad file, or a"
                 " path to a manifest (.yml).",
             )
@@ -450,16 +476,20 @@ def _from_files(
             )
         ) from error
     labels = manifest["labels"]
-    if labels["column"] not in adata.obs:
-        raise unknown_error(
-            f"label column in the manifest of {name}",
-            labels["column"],
-            adata.obs.columns,
-            error=ManifestError,
-        )
+    wanted = labels.get("keep", {})
+    for column in (labels["column"], *wanted):
+        if column not in adata.obs:
+            raise unknown_error(
+                f"label column in the manifest of {name}",
+                column,
+                adata.obs.columns,
+                error=ManifestError,
+            )
     types = adata.obs[labels["column"]].astype(str).replace(labels.get("rename", {}))
     adata.obs["cell_type"] = types
     keep = ~types.isin(labels.get("drop", [])).to_numpy()
+    for column, value in wanted.items():
+        keep &= (adata.obs[column].astype(str) == value).to_numpy()
     prefix = manifest.get("genes", {}).get("drop_prefix")
     genes = (
         ~adata.var_names.str.startswith(prefix)

@@ -282,6 +282,10 @@ class Estimator:
         """Return the parts of the training, in order."""
         raise NotImplementedError
 
+    def _callbacks(self) -> list[training.Callback]:
+        """Return callbacks of the method's own, called before the caller's."""
+        return []
+
     def _release(self) -> None:
         """Drop what only training needed, such as the training cells."""
 
@@ -358,6 +362,7 @@ class Estimator:
             if checkpoint_dir is not None:
                 path = Path(checkpoint_dir) / "checkpoint.safetensors"
             try:
+                callbacks = [*self._callbacks(), *callbacks]
                 training.run_phases(
                     self, self._phases(), callbacks, path, checkpoint_every, resume
                 )

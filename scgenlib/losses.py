@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,11 @@ __all__ = [
     "generator_loss",
     "gradient_penalty",
     "kl_to_standard_normal",
+    "masked_mse",
+    "mixture_kl",
     "nt_xent",
+    "responsibilities",
+    "sup_con",
     "wasserstein_critic_loss",
 ]
 
@@ -130,3 +135,133 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
     similarity.fill_diagonal_(float("-inf"))
     target = torch.arange(2 * n, device=z.device).roll(n)
     return F.cross_entropy(similarity, target)
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    temperature: float = 0.9,
+    base_temperature: float = 0.7,
+    normalise: bool = True,
+) -> Tensor:
+    """Supervised contrastive loss: rows of one label must find each other.
+
+    Khosla et al. (2020), the form with the sum outside the logarithm.
+
+    Parameters
+    ----------
+    features
+        Shape (n_rows, n_features).
+    labels
+        One label per row, shape (n_rows,).
+    temperature
+        Divides the similarities.
+    base_temperature
+        The loss is multiplied by temperature / base_temperature.
+    normalise
+        Whether rows are scaled to length 1 first; without it the similarities are
+        plain products, as in the published code until April 2026.
+
+    Returns
+    -------
+    torch.Tensor
+        Mean over all rows, in nats times that factor. A row without another of its
+        label adds 0 and still counts in the mean.
+    """
+    z = F.normalize(features, dim=1) if normalise else features
+    similarity = z @ z.T / temperature
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    similarity = similarity.masked_fill(itself, float("-inf"))
+    log_share = similarity - similarity.logsumexp(dim=1, keepdim=True)
+    mates = (labels[:, None] == labels[None, :]) & ~itself
+    total = log_share.masked_fill(~mates, 0.0).sum(1)
+    per_row = -total / mates.sum(1).clamp_min(1)
+    return temperature / base_temperature * per_row.mean()
+
+
+def masked_mse(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """Squared error over the entries that were observed, per entry of the matrix.
+
+    .. math:: \\frac{1}{n g} \\sum_{c,i} 1[x_{ci} \\ne 0] (x_{ci} - \\hat x_{ci})^2
+
+    It divides by all entries, so it shrinks with the share of zeros.
+
+    Parameters
+    ----------
+    x, reconstruction
+        Shape (n_cells, n_genes).
+    """
+    return ((x - reconstruction) * (x != 0)).square().mean()
+
+
+def responsibilities(
+    z: Tensor, log_pi: Tensor, centres: Tensor, log_variance: Tensor
+) -> Tensor:
+    """Return the logarithm of each component's share in each point.
+
+    Parameters
+    ----------
+    z
+        Points, shape (n_cells, n_latent).
+    log_pi
+        Log weights of the components, shape (n_components,).
+    centres, log_variance
+        Diagonal Gaussians, shape (n_components, n_latent).
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (n_cells, n_components); the exponentials of a row sum to 1, however
+        far the point lies from every component.
+    """
+    return torch.log_softmax(
+        log_pi + gaussian_log_density(z, centres, log_variance), dim=1
+    )
+
+
+def gaussian_log_density(z: Tensor, centres: Tensor, log_variance: Tensor) -> Tensor:
+    """Return ln N(z; centre, diag variance) for each point and component."""
+    gap = (z[:, None, :] - centres).square() * (-log_variance).exp()
+    norm = log_variance.sum(1) + z.shape[1] * math.log(2 * math.pi)
+    return -0.5 * (gap.sum(2) + norm)
+
+
+def mixture_kl(
+    mean: Tensor,
+    log_variance: Tensor,
+    z: Tensor,
+    log_pi: Tensor,
+    centres: Tensor,
+    centre_log_variance: Tensor,
+) -> Tensor:
+    """KL divergence of VaDE: from q(z, k | x) to a mixture of Gaussians.
+
+    With the shares g_k of the components at one draw z,
+
+    .. math:: \\frac12 \\sum_k g_k \\sum_d \\left[\\ln s_{kd} + \\frac{v_d}{s_{kd}}
+        + \\frac{(\\mu_d - m_{kd})^2}{s_{kd}}\\right]
+        - \\sum_k g_k \\ln\\frac{\\pi_k}{g_k} - \\frac12 \\sum_d (1 + \\ln v_d)
+
+    (Jiang et al., 2017, equation 9, less the reconstruction.)
+
+    Parameters
+    ----------
+    mean, log_variance
+        The encoder's Gaussian, shape (n_cells, n_latent).
+    z
+        A draw from it, same shape.
+    log_pi, centres, centre_log_variance
+        The mixture, see `responsibilities`.
+
+    Returns
+    -------
+    torch.Tensor
+        Mean over cells, in nats. Its expectation over z is at least 0; at one draw
+        it may lie below.
+    """
+    log_share = responsibilities(z, log_pi, centres, centre_log_variance)
+    share = log_share.exp()
+    gap = (mean[:, None, :] - centres).square() + log_variance.exp()[:, None, :]
+    spread = (gap * (-centre_log_variance).exp() + centre_log_variance).sum(2)
+    per_cell = (share * (0.5 * spread - log_pi + log_share)).sum(1)
+    return (per_cell - 0.5 * (1 + log_variance).sum(1)).mean()

@@ -16,12 +16,13 @@ import scipy.sparse as sp
 
 from scgenlib._matrix import mean_variance
 from scgenlib.errors import ConfigError, DataError, message
-from scgenlib.splits import rare_types, split, train_valid_test
+from scgenlib.splits import hide_entries, rare_types, split, train_valid_test
 
 __all__ = [
     "draw_molecules",
     "filter_cells_and_genes",
     "filter_genes",
+    "hide_entries",
     "linear_values",
     "normalise",
     "on_genes",

@@ -187,6 +187,20 @@ def rda_list(paths: list[Path], options: Options) -> ad.AnnData:
     return adata
 
 
+def rda_list_frame(paths: list[Path], options: Options) -> ad.AnnData:
+    """Read a list with a data frame of genes x cells and a vector of labels.
+
+    Options: `object`, `frame`, `labels`: names in the file; `stages`, the labels in
+    the order of development, which `obs["stage_order"]` counts from 0.
+    """
+    parts = _r_list(_r_objects(paths[0])[options["object"]])
+    frame = _r_frame(parts[options["frame"]])
+    labels = _r_vector(parts[options["labels"]])
+    obs = pd.DataFrame({"label": labels}, index=frame.columns)
+    obs["stage_order"] = [options["stages"].index(label) for label in labels]
+    return _anndata(frame.to_numpy().T, obs, list(frame.index))
+
+
 # --- other layouts -----------------------------------------------------------------
 
 
@@ -243,9 +257,10 @@ def text_table(paths: list[Path], options: Options) -> ad.AnnData:
     """Read a text table of genes x cells with names, and a table of labels.
 
     The header may lack the corner, as R writes it. Cells are matched by name; cells
-    without a label are left out. Options: `sep`, `label_sep`; `gene_pattern`, a
-    regular expression that is removed from gene names; `cell_replace`, [old, new]
-    applied to the cell names of both files.
+    without a label are left out; a label column that stands alone is called "label".
+    Options: `sep`, `label_sep`; `gene_pattern`, a regular expression that is removed
+    from gene names; `cell_replace`, [old, new] applied to the cell names of both
+    files; `mixture`, see `_add_mixture`.
     """
     table = pd.read_csv(paths[0], sep=options["sep"], index_col=0)
     labels = pd.read_csv(paths[1], sep=options["label_sep"], index_col=0)
@@ -263,10 +278,49 @@ def text_table(paths: list[Path], options: Options) -> ad.AnnData:
             )
         )
     obs = labels.loc[cells].copy()
-    obs.columns = ["label", *obs.columns[1:]]
+    if obs.shape[1] == 1:
+        obs.columns = ["label"]
+    if "mixture" in options:
+        _add_mixture(obs, options["mixture"])
     genes = [re.sub(options.get("gene_pattern", "$^"), "", g) for g in table.index]
     adata = _anndata(table[cells].to_numpy().T, obs, unique_names(genes))
     adata.var["gene_id"] = [str(g) for g in table.index]
+    return adata
+
+
+def _add_mixture(obs: pd.DataFrame, columns: dict[str, str]) -> None:
+    """Add `<part>_prop`, and `mixture`: all parts in order, such as 68:16:16.
+
+    `columns` maps each part to its column, of shares (`mixture` shows per cent) or of
+    numbers of cells (`mixture` shows them; the shares are of their sum).
+    """
+    amounts = obs[list(columns.values())].to_numpy(np.float64)
+    is_share = amounts.max() <= 1
+    shown = amounts * (100 if is_share else 1)
+    obs["mixture"] = [":".join(f"{part:.0f}" for part in row) for row in shown]
+    obs[[f"{part}_prop" for part in columns]] = (
+        amounts if is_share else amounts / amounts.sum(axis=1, keepdims=True)
+    )
+
+
+def csv_truth(paths: list[Path], options: Options) -> ad.AnnData:
+    """Read csv files of simulated cells: counts, true counts, what was hidden, labels.
+
+    The first three are genes x cells with names: the second goes to
+    `layers["true_counts"]`, the third, of TRUE and FALSE, to `layers["hidden"]`. The
+    labels have one row per cell, in the matrix's order.
+    """
+    counts, truth, hidden = (pd.read_csv(path, index_col=0) for path in paths[:3])
+    if not all(
+        other.axes[i].equals(counts.axes[i])
+        for other in (truth, hidden)
+        for i in (0, 1)
+    ):
+        raise DataError("The three matrices do not have the same genes and cells.")
+    obs = pd.read_csv(paths[3], index_col=0).set_axis(counts.columns)
+    adata = _anndata(counts.to_numpy().T, obs, list(counts.index))
+    adata.layers["true_counts"] = sp.csr_matrix(truth.to_numpy(np.float32).T)
+    adata.layers["hidden"] = sp.csr_matrix(hidden.to_numpy(bool).T)
     return adata
 
 
@@ -325,9 +379,11 @@ READERS: dict[str, Callable[[list[Path], Options], ad.AnnData]] = {
         rda_summarized_experiment,
         rda_data_frame,
         rda_list,
+        rda_list_frame,
         h5_counts_csv_labels,
         zip_csv,
         text_table,
+        csv_truth,
         tar_mtx,
         h5ad_raw_log1p,
     )

@@ -11,10 +11,11 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from scgenlib.errors import ConfigError, DataError, message, unknown
 
-__all__ = ["rare_types", "split", "train_valid_test"]
+__all__ = ["hide_entries", "rare_types", "split", "train_valid_test"]
 
 
 def split(
@@ -152,6 +153,61 @@ def train_valid_test(
         "seed": seed,
         "by_type": label_key is not None,
     }
+    return out
+
+
+def hide_entries(adata: ad.AnnData, share: float = 0.1, seed: int = 0) -> ad.AnnData:
+    """Set some observed counts to 0, so that their true values are known.
+
+    Parameters
+    ----------
+    adata
+        Cells with ``layers["counts"]``. Not changed.
+    share
+        Share of the observed entries to hide, strictly between 0 and 1. A cell keeps
+        at least one.
+    seed
+        The same seed hides the same entries.
+
+    Returns
+    -------
+    AnnData
+        A copy: counts and X without the hidden entries, X scaled to the card's total
+        (10,000 without one), ``layers["true_counts"]`` as the counts were, and
+        ``layers["hidden"]``, True where an entry was hidden.
+
+    Raises
+    ------
+    ConfigError
+        `share` is not between 0 and 1.
+    DataError
+        There are no counts.
+    """
+    from scgenlib.preprocess import normalise  # which offers this function too
+
+    if not 0 < share < 1:
+        allowed = "a share strictly between 0 and 1"
+        raise ConfigError(message("share", found=share, allowed=allowed))
+    if "counts" not in adata.layers:
+        do = "Use data with counts."
+        raise DataError(message("Only counts can be hidden", found="none", do=do))
+    full = sp.csr_matrix(adata.layers["counts"], dtype=np.float32, copy=True)
+    full.eliminate_zeros()
+    rng = np.random.default_rng(seed)
+    lost = rng.random(full.nnz) < share
+    sizes = np.diff(full.indptr)
+    cell = np.repeat(np.arange(full.shape[0]), sizes)
+    emptied = (np.bincount(cell, lost, len(sizes)) == sizes) & (sizes > 0)
+    lost[full.indptr[:-1][emptied]] = False
+    seen, hidden = full.copy(), full.astype(bool)
+    seen.data[lost] = 0
+    seen.eliminate_zeros()
+    hidden.data = lost
+    hidden.eliminate_zeros()
+    out = adata.copy()
+    out.layers.update(counts=seen, true_counts=full, hidden=hidden)
+    recipe = adata.uns.get("dataset", {}).get("recipe", {})
+    out.X = normalise(seen, recipe.get("target_sum", 1e4))
     return out
 
 

@@ -26,6 +26,7 @@ import yaml
 from scgenlib import datasets, download, readers
 from scgenlib.contract import as_labels, card_of
 from scgenlib.errors import DataError, DownloadError, ManifestError, OutputError
+from scgenlib.preprocess import filter_genes
 from scgenlib.simulate import blobs, simulate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,14 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+DESIGNS = [
+    *("RNAmix_celseq2", "RNAmix_sortseq"),
+    *("cellmix1", "cellmix2", "cellmix3", "cellmix4", "cellmix5"),
+    *("sc_celseq2", "sc_celseq2_5cl_p1", "sc_celseq2_5cl_p2", "sc_celseq2_5cl_p3"),
+    "sc_dropseq",
+]
+
+
 # --- what ships with the package ---------------------------------------------------
 
 
@@ -56,13 +65,37 @@ def test_list_and_names():
     assert table["name"].tolist()[:2] == ["pbmc68k_reduced", "simulated"]
     assert set(table["name"]) == {
         *("pbmc68k_reduced", "simulated", "pollen", "yan", "cbmc", "baron_mouse"),
-        *("pbmc_facs", "muraro", "pbmc68k"),
+        *("pbmc_facs", "muraro", "pbmc68k", "scgacl_sim", "deng"),
+        *(f"sc_mixology/{design}" for design in DESIGNS),
     }
     row = table.set_index("name").loc["pollen"]
     assert (row["cells"], row["genes"], row["types"]) == (299, 23702, 11)
     assert table.loc[~table["verified"], "name"].tolist() == ["muraro", "pbmc68k"]
     assert "pbmc68k" not in datasets.names("garage")
     assert datasets.names("regina") == []
+
+
+def test_scgacl_gets_counts_only():
+    served = datasets.names("scgacl")
+    assert {"simulated", "scgacl_sim", "deng", "sc_mixology/RNAmix_sortseq"} <= {
+        *served
+    }
+    # Not molecules; fractions of molecules; ninety cells a well, 21 wells.
+    assert not {"yan", "muraro", "sc_mixology/cellmix5"} & {*served}
+    for name in served:
+        assert min(datasets.card(name)["label_counts"].values()) >= 2
+
+
+def test_a_family_of_designs_names_them():
+    with pytest.raises(DataError, match="is a family.*sc_mixology/cellmix1, .*dropseq"):
+        datasets.load("sc_mixology")
+    with pytest.raises(DataError, match="Did you mean 'sc_mixology/RNAmix_celseq2'"):
+        datasets.load("sc_mixology/RNAmix_celsq2")
+    with pytest.raises(ManifestError, match="sc_mixology.yml holds 12 designs"):
+        datasets.load(ROOT / "data_manifests" / "sc_mixology.yml")
+    assert "designs" not in datasets.card("sc_mixology/cellmix1")
+    adata = datasets.load("simulated:sc_mixology/cellmix5", verbose=False)
+    assert adata.uns["dataset"]["name"] == "simulated:sc_mixology/cellmix5"
 
 
 def test_cards_carry_what_a_chapter_needs():
@@ -178,6 +211,62 @@ FIGURES = {
         *(3774, 16791, 2702861, 7500459.0, 135.0, 1784.0, 1640.0),
         *("AL627309.1", "SRSF10-1", "CGTGATGATTTCAC-1-b_cells"),
     ),
+    "deng": (
+        *(133, 17706, 1213747, 1600726802.0, 375951.0, 9732697.0, 11325056.0),
+        *("0610005C13Rik", "l7Rn6", "GSM1112603_early2cell_0r.1_expression"),
+    ),
+    "scgacl_sim": (
+        *(500, 1000, 111334, 3354500.0, 3711.0, 5706.0, 8193.0),
+        *("Gene1", "Gene1000", "Cell1"),
+    ),
+    "sc_mixology/RNAmix_celseq2": (
+        *(340, 14804, 2412406, 12908075.0, 2946.0, 54107.0, 20801.0),
+        *("ENSG00000072858", "ENSG00000224934", "L19"),
+    ),
+    "sc_mixology/RNAmix_sortseq": (
+        *(296, 15571, 2005546, 11219124.0, 2495.0, 97421.0, 13817.0),
+        *("ENSG00000245025", "ENSG00000115687", "L19"),
+    ),
+    "sc_mixology/cellmix1": (
+        *(266, 11798, 592071, 1633091.0, 332.0, 6723.0, 2362.0),
+        *("ENSG00000250584", "ENSG00000183840", "L19"),
+    ),
+    "sc_mixology/cellmix2": (
+        *(268, 13747, 922398, 3446711.0, 579.0, 13064.0, 9782.0),
+        *("ENSG00000250420", "ENSG00000141965", "L19"),
+    ),
+    "sc_mixology/cellmix3": (
+        *(285, 14053, 1008461, 3770483.0, 733.0, 13958.0, 5349.0),
+        *("ENSG00000250584", "ENSG00000203880", "L19"),
+    ),
+    "sc_mixology/cellmix4": (
+        *(288, 15149, 1446393, 6174422.0, 993.0, 22557.0, 8174.0),
+        *("ENSG00000182912", "ENSG00000130254", "L19"),
+    ),
+    "sc_mixology/cellmix5": (
+        *(21, 29858, 378807, 12763529.0, 4015.0, 805656.0, 877136.0),
+        *("ENSG00000222604", "ENSG00000255622", "O1"),
+    ),
+    "sc_mixology/sc_celseq2": (
+        *(274, 28204, 1954979, 10321416.0, 2973.0, 16430.0, 43969.0),
+        *("ENSG00000281131", "ENSG00000226887", "A1"),
+    ),
+    "sc_mixology/sc_celseq2_5cl_p1": (
+        *(297, 15564, 1810635, 9783530.0, 2782.0, 34719.0, 43271.0),
+        *("ENSG00000154529", "ENSG00000167157", "p1_A1"),
+    ),
+    "sc_mixology/sc_celseq2_5cl_p2": (
+        *(307, 14078, 1737067, 7347615.0, 2368.0, 34992.0, 10445.0),
+        *("ENSG00000204977", "ENSG00000269937", "p1_A1"),
+    ),
+    "sc_mixology/sc_celseq2_5cl_p3": (
+        *(305, 13426, 1463083, 5546889.0, 2036.0, 26102.0, 58103.0),
+        *("ENSG00000118503", "ENSG00000112343", "p1_A1"),
+    ),
+    "sc_mixology/sc_dropseq": (
+        *(225, 15127, 1290921, 5830998.0, 2324.0, 73523.0, 8484.0),
+        *("ENSG00000223849", "ENSG00000146674", "CELL_000001"),
+    ),
 }
 
 
@@ -242,6 +331,66 @@ def test_what_is_particular_about_each_set():
     facs = published("pbmc_facs")
     assert facs.var.loc["SRSF10-1", "gene_id"] == "ENSG00000215699"
     assert facs.obs["subpop"].value_counts()["T cell"] == 1484
+
+
+@pytest.mark.data
+def test_simulation_of_scgacl_has_its_truth():
+    adata = published("scgacl_sim")
+    counts, truth = adata.layers["counts"], adata.layers["true_counts"]
+    hidden = adata.layers["hidden"]
+    assert (hidden.dtype, hidden.format, truth.format) == (bool, "csr", "csr")
+    assert (hidden.nnz, truth.nnz, truth.sum()) == (273959, 370237, 30988436)
+    assert (truth.max(), truth[0].sum(), truth[-1].sum()) == (7490, 62038, 67823)
+    assert hidden.multiply(truth != 0).nnz == 258903
+    kept = np.where(hidden.toarray(), 0, truth.toarray())
+    np.testing.assert_array_equal(counts.toarray(), kept)
+    recipe = adata.uns["dataset"]["recipe"]["gene_filter"]
+    assert filter_genes(adata, **recipe).sum() == 969
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("design", DESIGNS[:7])
+def test_mixtures_have_their_shares(design):
+    adata = published(f"sc_mixology/{design}")
+    assert not adata.var_names.str.startswith("ERCC-").any()
+    parts = adata.obs["cell_type"].astype(str).str.split(":", expand=True).to_numpy(int)
+    shares = adata.obs[["H2228_prop", "H1975_prop", "HCC827_prop"]]
+    assert (shares.dtypes == np.float64).all()
+    if design.startswith("RNAmix"):
+        np.testing.assert_allclose(shares.to_numpy() * 100, parts)
+        assert sorted(adata.obs["mRNA_amount"].unique()) == [3.75, 7.5, 15, 30]
+        # Two mixes of the plan are the same.
+        mixes = adata.obs.groupby("cell_type", observed=True)["mix"].nunique()
+        assert mixes[mixes > 1].to_dict() == {"33:33:33": 2}
+    else:
+        np.testing.assert_allclose(shares.sum(axis=1), 1)
+        cells = adata.obs[["H2228", "H1975", "HCC827"]].to_numpy()
+        np.testing.assert_array_equal(parts, cells)
+        wells = {90} if design == "cellmix5" else {3, 9}
+        assert set(cells.sum(axis=1)) == wells
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("design", DESIGNS[7:])
+def test_doublets_of_cell_lines_are_dropped(design):
+    adata = published(f"sc_mixology/{design}")
+    raw = FIGURES[f"sc_mixology/{design}"][0]
+    doublets = {"sc_celseq2": 34, "sc_dropseq": 15}
+    doublets |= {f"sc_celseq2_5cl_p{i}": n for i, n in ((1, 141), (2, 144), (3, 53))}
+    assert raw - adata.n_obs == doublets[design]
+    assert set(adata.obs["demuxlet_cls"]) == {"SNG"}
+
+
+@pytest.mark.data
+def test_deng_is_in_the_order_of_development():
+    obs = published("deng").obs
+    stages = obs.groupby("stage_order")["cell_type"].unique().map(lambda x: [*x])
+    assert stages.to_dict() == {
+        **{0: ["early2cell"], 1: ["mid2cell"], 2: ["late2cell"]},
+        **{3: ["earlyblast"], 4: ["midblast"]},
+    }
+    # The names of the cells say the stage as well.
+    assert all(t in name for name, t in obs["cell_type"].items())
 
 
 @pytest.mark.data
@@ -397,6 +546,91 @@ def test_pbmc68k_layout(tmp_path, capsys):
     assert adata.var_names.tolist() == ["ACTB", "CD3E", "ACTB-1"]
     # Labels are matched by barcode, not by row.
     assert adata.obs["cell_type"].tolist() == ["Dendritic", "CD56+ NK"]
+
+
+def test_designs_of_a_manifest_and_cells_kept(tmp_path, monkeypatch):
+    own = {"n_cells": 2, "label_counts": {"a": 1, "b": 1}}
+    own["labels"] = {"column": "kind", "keep": {"sure": "yes"}}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        text = "cell,kind,sure,G1,G2\nx,a,yes,1,3\ny,a,no,0,2\nz,b,yes,4,0\n"
+        archive.writestr(zipfile.ZipInfo("toy.csv"), text)
+    manifest = toy_manifest(options={"annotation": 3, "batches": ["one"]})
+    manifest["files"][0]["sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
+    manifest["designs"] = {"All": {"title": "Every cell"}, "sure": own}
+    path = write(tmp_path, manifest, buffer.getvalue())
+    found = {m["name"]: m for m in datasets._read_manifests(path)}
+    monkeypatch.setattr(datasets, "_manifests", lambda: found)
+    assert datasets.names() == datasets.list()["name"].tolist() == [*found]
+    assert [*found] == ["toy/All", "toy/sure"]
+    assert datasets.card("toy/All")["title"] == "Every cell"
+    assert datasets.load("toy/All", data_dir=tmp_path).n_obs == 3
+    sure = datasets.load("toy/sure", data_dir=tmp_path)
+    assert sure.obs_names.tolist() == ["x", "z"]
+    assert sure.uns["dataset"]["name"] == "toy/sure"
+    assert datasets.verify("toy/sure", data_dir=tmp_path)["ok"]
+    assert datasets.fetch("toy/sure", data_dir=tmp_path) == tmp_path / "toy"
+    own["labels"]["keep"] = {"sur": "yes"}
+    found["toy/sure"] |= own
+    with pytest.raises(ManifestError, match="Did you mean 'sure'"):
+        datasets.load("toy/sure", data_dir=tmp_path)
+    for wrong in (["a"], {"a": 3}):
+        with pytest.raises(ManifestError, match="designs"):
+            datasets.load(write(tmp_path, {**manifest, "designs": wrong}))
+    with pytest.raises(ManifestError, match="at name.*'toy/a b'"):
+        datasets.load(write(tmp_path, {**manifest, "designs": {"a b": {}}}))
+
+
+def test_mixture_layout(tmp_path):
+    # R writes no corner here either, and the table has many columns and no "label".
+    (tmp_path / "counts.csv").write_text('"x","y"\n"G1",1,0\n"ERCC-1",2,3\n')
+    (tmp_path / "about.csv").write_text('"reads","P","Q"\n"y",5,2,7\n"x",6,3,0\n')
+    paths = [tmp_path / "counts.csv", tmp_path / "about.csv"]
+    options = {"sep": ",", "label_sep": ",", "mixture": {"Q": "Q", "P": "P"}}
+    adata = readers.text_table(paths, options)
+    assert adata.obs.columns[0] == "reads"
+    assert adata.obs["mixture"].tolist() == ["0:3", "7:2"]
+    np.testing.assert_allclose(adata.obs["Q_prop"], [0, 7 / 9])
+    np.testing.assert_allclose(adata.obs["P_prop"], [1, 2 / 9])
+    paths[1].write_text('"reads","P","Q"\n"y",5,0.68,0.32\n"x",6,0.5,0.5\n')
+    shares = readers.text_table(paths, options).obs
+    assert shares["mixture"].tolist() == ["50:50", "32:68"]
+    assert shares["P_prop"].tolist() == [0.5, 0.68]
+
+
+def test_truth_layout(tmp_path):
+    texts = {
+        "counts": '"","c1","c2"\n"G1",1,0\n"G2",0,3\n',
+        "truth": '"","c1","c2"\n"G1",1,4\n"G2",0,3\n',
+        "hidden": '"","c1","c2"\n"G1",FALSE,TRUE\n"G2",TRUE,FALSE\n',
+        "groups": '"","kind"\n"1","b"\n"2","a"\n',
+    }
+    paths = [tmp_path / f"{name}.csv" for name in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        path.write_text(text)
+    adata = readers.csv_truth(paths, {})
+    np.testing.assert_array_equal(adata.X.toarray(), [[1, 0], [0, 3]])
+    truth, hidden = adata.layers["true_counts"], adata.layers["hidden"]
+    np.testing.assert_array_equal(truth.toarray(), [[1, 0], [4, 3]])
+    assert hidden.nnz == 2 and hidden[0, 1] and hidden[1, 0]
+    assert adata.obs["kind"].tolist() == ["b", "a"]
+    paths[1].write_text(texts["truth"].replace("c2", "c3"))
+    with pytest.raises(DataError, match="same genes and cells"):
+        readers.csv_truth(paths, {})
+
+
+def test_stages_layout(tmp_path):
+    import rdata
+
+    frame = pd.DataFrame({"c1": [3, 0], "c2": [1, 5]}, index=["G1", "G2"])
+    content = {"set": {"data": frame, "kinds": np.array(["late", "early"])}}
+    rdata.write_rda(tmp_path / "set.rda", content)
+    options = {"object": "set", "frame": "data", "labels": "kinds"}
+    options["stages"] = ["early", "late"]
+    adata = readers.rda_list_frame([tmp_path / "set.rda"], options)
+    np.testing.assert_array_equal(adata.X.toarray(), [[3, 0], [1, 5]])
+    assert adata.obs["stage_order"].tolist() == [1, 0]
+    assert adata.obs["label"].tolist() == ["late", "early"]
 
 
 def test_unique_names_never_collide():

@@ -187,7 +187,7 @@ def test_package_stays_small(repo):
         str(path.relative_to(repo)): code_lines(path)
         for path in (repo / "scgenlib").rglob("*.py")
     }
-    assert sum(lines.values()) <= 7000
+    assert sum(lines.values()) <= 10_000
     # A file beyond 500 lines holds two ideas; a method's may reach 700.
     assert not {path: n for path, n in lines.items() if n > 700}
 
