@@ -306,13 +306,8 @@ def nb_autoencoder(
             return net(x.clamp(-10, 10)).clamp(-15, 15)
 
         def loss(rows: np.ndarray) -> torch.Tensor:
-            """Return the negative log likelihood, less what no weight changes."""
-            y, theta = training.minibatch(counts, rows), log_theta.exp()
-            mu = size[rows] * rate(rows).exp()
-            total = torch.log(theta + mu + 1e-8)
-            found = torch.lgamma(theta) - torch.lgamma(y + theta)
-            found = found + (y + theta) * total - theta * log_theta
-            return (found - y * torch.log(mu + 1e-8)).mean()
+            mean = size[rows] * rate(rows).exp()
+            return _nb_loss(training.minibatch(counts, rows), mean, log_theta)
 
         best, since, epoch = np.inf, 0, 0
         kept = [w.detach().clone() for w in weights]
@@ -335,6 +330,19 @@ def nb_autoencoder(
     filled = np.log1p(means * (log.target / middle))
     config = {"hidden": hidden, "lr": lr, "batch_size": batch_size, "epochs": epoch}
     return _done(adata, log, filled, keep_observed, "NB auto-encoder", seed, **config)
+
+
+def _nb_loss(y: Any, mean: Any, log_theta: Any) -> Any:
+    """Negative log likelihood of counts per entry, less ln(y!), which is a constant.
+
+    The variance of a count is mean + mean ** 2 / theta.
+    """
+    import torch
+
+    theta = log_theta.exp()
+    found = torch.lgamma(theta) - torch.lgamma(y + theta) - theta * log_theta
+    found = found + (y + theta) * torch.log(theta + mean + 1e-8)
+    return (found - y * torch.log(mean + 1e-8)).mean()
 
 
 def _begin(adata: AnnData, target_sum: float | None) -> LogCounts:

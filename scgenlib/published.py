@@ -11,14 +11,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import sparse
+from scipy.special import gammaln
 from torch import Tensor, nn
 
 from scgenlib.cscgan import CscGANConfig, ScGANConfig
+from scgenlib.dropout import Entries, Parameters, dropout_probability
 from scgenlib.errors import ConfigError, message, unknown
 from scgenlib.garage import seed_count
 from scgenlib.nets import mlp
+from scgenlib.scgacl import ScGACLConfig
 
 __all__ = [
     "SCGAN_PARAMETERS",
@@ -28,7 +32,10 @@ __all__ = [
     "generated_sizes",
     "lowest_fano_genes",
     "misaligned_scores",
+    "plain_densities",
     "rare_utility_sizes",
+    "scgacl_config",
+    "scgacl_dropout",
     "scgan_config",
     "sorted_ratios",
 ]
@@ -287,3 +294,76 @@ def _total_in(scale: Any) -> float:
             message("The scale cannot be read", found=scale, allowed=allowed)
         )
     return float(total)
+
+
+# ------------------------------------------------------------------- scGACL
+
+
+def plain_densities(x: Entries, p: Parameters) -> tuple[np.ndarray, np.ndarray]:
+    """Return the Gamma part's shares from densities that are not logarithms.
+
+    Hhjyl/scGACL, commit 6d4d2dd, its dropout identification. The share is 0 where the
+    Gamma's density is 0. Where the Normal part has shrunk to one value its standard
+    deviation is 0 and its density no number; that spreads to all parameters of the gene
+    in the group, whose zeros then count as no dropouts. Stands in for
+    `dropout.expect_log`.
+    """
+    rate, a, b, mean, sd = (part[x.seg] for part in p)
+    with np.errstate(all="ignore"):
+        log_gamma = a * np.log(b) - gammaln(a) + (a - 1) * x.log - b * x.value
+        gamma = rate * np.exp(log_gamma)
+        gap = (x.value - mean) / sd
+        normal = (1 - rate) * np.exp(-0.5 * gap**2) / (sd * np.sqrt(2 * np.pi))
+        share = np.where(gamma == 0, 0.0, gamma / (gamma + normal))
+        return share, x.sum(np.log10(gamma + normal))
+
+
+def scgacl_dropout(counts: Any, groups: Any) -> pd.DataFrame:
+    """Return the dropout table that the published code computes.
+
+    Hhjyl/scGACL, commit 6d4d2dd. The values are read as float32, in which ln 1.01 is
+    another number than in float64. No value equals it, so the share of zeros is
+    counted as 0: the filter of genes with more than 95 % zeros never acts, and every
+    fit starts with the rate 0.01.
+
+    Parameters
+    ----------
+    counts, groups
+        As in `dropout.dropout_probability`.
+    """
+    options: Any = {"start_rate": 0.01, "min_sd": 0.0, "expect": plain_densities}
+    return dropout_probability(counts, groups, max_zeros=1.0, **options)
+
+
+def scgacl_config(published: Mapping[str, Any], **overrides: Any) -> ScGACLConfig:
+    """Read the published configuration dictionary of scGACL.
+
+    Hhjyl/scGACL, commit 6d4d2dd. The names are those of the code or of the README,
+    which has VAE_EPOCH, VAE_LR where the code has VAEEPOCH, VAELR. What runs is
+    `ScGACLConfig.published` with these values.
+
+    Parameters
+    ----------
+    published
+        Upper-case names and values; the dictionary TRAIN may be nested.
+    **overrides
+        Fields to set in place of the dictionary's.
+
+    Raises
+    ------
+    ConfigError
+        A name is unknown.
+    """
+    names = {name.rpartition(".")[2]: v for name, v in _flat(published)}
+    known = {name.upper(): name for name in ScGACLConfig.table().index}
+    known |= {"VAE_EPOCH": "vaeepoch", "VAE_LR": "vaelr"}
+    known |= {"GENENUM": "n_genes"}
+    values = {}
+    for name, value in names.items():
+        # Counted from the data, or an argument of the estimator.
+        if name in ("CUDA", "DEVICE", "N_CLASS"):
+            continue
+        if name not in known:
+            raise unknown("entry of the configuration", name, [*known, "N_CLASS"])
+        values[known[name]] = value
+    return ScGACLConfig.published(**{**values, **overrides})

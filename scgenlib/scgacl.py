@@ -39,6 +39,7 @@ from scgenlib.vaegan import (
     elbo_step,
     joint_step,
     share_of_generated,
+    start_small,
     update,
 )
 
@@ -60,9 +61,11 @@ class ScGACLConfig(Config):
     """Every setting of scGACL, under its published name in lower case.
 
     GENENUM is counted from the data, N_CLASS from the labels; CUDA and DEVICE are the
-    argument `device`. Four settings depart from the published code, in ``paper`` too:
-    `rec_weight` (published: 1), because at 1 the code collapses; `shuffle` (False);
-    `cluster_on` ("log"); and `valid_share` (0). See `published`.
+    argument `device`. Six settings depart from the published code, in ``paper`` too:
+    `rec_weight` (published: 1), because at 1 the code collapses; `init_sd` (0.02),
+    at which training hardly starts; `shuffle` (False); `cluster_on` ("log");
+    `valid_share` (0); and `max_zeros`, stated as here, but without effect there (1).
+    See `published`.
     """
 
     PROFILES: ClassVar[dict[str, dict[str, Any]]] = {
@@ -78,12 +81,9 @@ class ScGACLConfig(Config):
         },
         "book": {
             "n_genes": 2000,
-            "pre_epoch": 40,
-            "vaeepoch": 40,
-            "epoch": 20,
-            "pre_batch_size": 64,
-            "vae_batch_size": 64,
-            "batch_size": 64,
+            "pre_epoch": 20,
+            "vaeepoch": 20,
+            "epoch": 8,
             "en_size": (256, 128),
             "de_size": (128, 256),
             "di_size": (256, 128),
@@ -124,6 +124,9 @@ class ScGACLConfig(Config):
     en_size: tuple[int, ...] = option((500, 500, 2000), "widths in the encoder", low=1)
     de_size: tuple[int, ...] = option((2000, 500, 500), "widths in the decoder", low=1)
     di_size: tuple[int, ...] = option((500, 500, 2000), "widths in D", low=1)
+    init_sd: float | None = option(
+        None, "spread of the first weights; None: torch's own start", above=0
+    )
     discriminator_input: str = option(
         "reconstruction",
         "what D compares with the cells: the reconstruction, that with the cell's own"
@@ -161,6 +164,8 @@ class ScGACLConfig(Config):
             "shuffle": False,
             "cluster_on": "log",
             "valid_share": 0.0,
+            "max_zeros": 1.0,
+            "init_sd": 0.02,
         }
         return cls.profile(profile, **{**form, **overrides})
 
@@ -320,6 +325,9 @@ class ScGACL(Estimator):
         self.modules_["discriminator"] = Discriminator(
             n_genes, c.di_size, (c.project_size1, c.project_size2)
         )
+        if c.init_sd is not None:
+            for module in self.modules_.values():
+                start_small(module, c.init_sd)
 
     # ----- training
 

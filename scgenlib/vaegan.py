@@ -30,15 +30,22 @@ __all__ = [
     "joint_step",
     "seen_by",
     "share_of_generated",
+    "start_small",
     "update",
 ]
 
 
-def _start_small(module: nn.Module) -> None:
-    """Give linear layers the published start: weights N(0, 0.02), biases 0."""
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-        nn.init.zeros_(module.bias)
+@torch.no_grad()
+def start_small(module: nn.Module, sd: float = 0.02) -> None:
+    """Give all linear layers the published start: weights N(0, sd^2), biases 0.
+
+    Through four layers such weights let hardly any signal pass, so that the first
+    hundreds of steps change little; torch's own start does not have this.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            part.weight.normal_(0.0, sd)
+            part.bias.zero_()
 
 
 def _body(sizes: Sequence[int], unit: nn.Module, normalise: bool) -> nn.Sequential:
@@ -60,7 +67,6 @@ class Encoder(nn.Module):
         self.body = _body([n_genes, *hidden], nn.ReLU(), normalise=True)
         self.mean = nn.Linear(hidden[-1], z_size)
         self.log_variance = nn.Linear(hidden[-1], z_size)
-        self.apply(_start_small)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (n_cells, n_genes) to mean and log variance, (n_cells, z_size) each."""
@@ -80,7 +86,6 @@ class Decoder(nn.Module):
     def __init__(self, z_size: int, hidden: Sequence[int], n_genes: int) -> None:
         super().__init__()
         self.body = _body([z_size, *hidden, n_genes], nn.ReLU(), normalise=False)
-        self.apply(_start_small)
 
     def forward(self, z: Tensor) -> Tensor:
         """Map (n_cells, z_size) to (n_cells, n_genes)."""
@@ -119,7 +124,6 @@ class Discriminator(nn.Module):
         self.head = nn.Linear(hidden[-1], 1)
         self.cell_projection = nn.Linear(hidden[-1], sizes[0])
         self.type_projection = nn.Linear(hidden[-1], sizes[1])
-        self.apply(_start_small)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (n_cells, 1) and two projections of (n_cells, n_genes)."""

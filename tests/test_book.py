@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -11,6 +13,7 @@ import yaml
 import book
 import generated_pages
 import matrix
+from scgenlib.records import record_path
 
 REPO = Path(__file__).resolve().parent.parent
 DRAW = (
@@ -195,6 +198,42 @@ def test_matrix_writes_results_and_readme(small, monkeypatch):
     text = (small / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "| `simulated` | failed, 12 s, 1.5 GB |" in text
+
+
+def test_matrix_names_no_folder_after_a_data_set(small, monkeypatch):
+    commands = []
+
+    class Started:
+        pid = 1
+
+        def __init__(self, command: list[str], **options: object) -> None:
+            commands.append(command)
+
+    used = SimpleNamespace(ru_maxrss=2_000_000)
+    monkeypatch.setattr(matrix.subprocess, "Popen", Started)
+    monkeypatch.setattr(matrix.os, "wait4", lambda pid, options: (pid, 0, used))
+    result = matrix.run("scgacl", "sc_mixology/cellmix1")
+    assert result["ok"] and result["dataset"] == "sc_mixology/cellmix1"
+    output = Path(commands[0][commands[0].index("-o") + 1])
+    assert output.name == "scgacl-sc_mixology_cellmix1.ipynb"
+    assert output.parent == small / "_build" / "matrix"
+
+
+def test_records_of_a_data_set_with_a_slash_are_found(small):
+    page = write(small / "book" / "scgacl.ipynb", cell("x = 1"))
+    about = {"seconds": 7.2, "device": "cpu", "peak_memory_mb": 512.0,
+             "versions": {"torch": "2.9"}, "date": "2026-01-02"}  # fmt: skip
+    # Neither of two names is the beginning of the other's records.
+    name = "sc_mixology/sc_celseq2_5cl_p1"
+    record = record_path("scgacl", name, "dial", small / "book" / "results")
+    record.write_text(json.dumps({"provenance": about}))
+    lines = generated_pages.records_table(small, [page]).splitlines()
+    found = [line for line in lines if "not run yet" not in line][2:]
+    row = f"| scgacl | `{name}` | dial | 7 | 512 MB | cpu | torch 2.9 | 2026-01-02 |"
+    assert found == [row]
+    assert "| scgacl | `sc_mixology/sc_celseq2` | dial | not run yet |  |  |  |  |" in (
+        lines
+    )
 
 
 def test_a_table_cell_cannot_break_the_table():

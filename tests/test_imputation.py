@@ -149,19 +149,21 @@ def test_oversmoothing_of_some_entries(spread, form):
     truth, labels = spread
     values = truth.copy()
     lost = np.random.default_rng(2).random(truth.shape) < 0.5
-    values[lost] = np.random.default_rng(3).normal(5, 1, lost.sum())
+    noise = np.random.default_rng(3).normal(5, 1, truth.shape)
+    noise[30:] += 20
+    values[lost] = noise[lost]
     everything = metrics.oversmoothing(form(values), form(truth), labels)
     filled = metrics.oversmoothing(form(values), form(truth), labels, where=form(lost))
-    assert everything["correlation"] > 0.3 > 0.12 > abs(filled["correlation"])
+    assert everything["correlation"] > 0.3 > 0.2 > abs(filled["correlation"])
     assert filled["variance_ratio"] == everything["variance_ratio"]
-    # Against numpy, one pair of gene and type.
-    one = metrics.oversmoothing(
-        form(values[:30, :1]), form(truth[:30, :1]), labels[:30],
-        where=form(lost[:30, :1]), min_cells=3,
-    )  # fmt: skip
-    at = lost[:30, 0]
-    expected = np.corrcoef(values[:30, 0][at], truth[:30, 0][at])[0, 1]
-    assert one["correlation"] == pytest.approx(expected) and one["pairs"] == 1
+    expected = [
+        np.corrcoef(values[rows, g][lost[rows, g]], truth[rows, g][lost[rows, g]])[0, 1]
+        for rows in (slice(0, 30), slice(30, 60))
+        for g in range(12)
+        if lost[rows, g].sum() >= 10
+    ]
+    assert filled["correlation"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert filled["pairs"] == len(expected)
     few = metrics.oversmoothing(form(values), form(truth), labels, min_cells=31)
     assert few["pairs"] == 0 and np.isnan(few["correlation"])
 
@@ -386,7 +388,6 @@ def test_order_agreement():
     values = place @ rng.normal(size=(1, 30)) + 0.05 * rng.normal(size=(100, 30))
     found = metrics.order_agreement(values, stage)
     assert found["spearman"] > 0.9 and found["unreached"] == 0
-    # The order may run down as well as up the numbers of a file.
     mixed = metrics.order_agreement(values, rng.permutation(stage))
     assert mixed["spearman"] < 0.4
     values[stage > 2] += 100
@@ -413,13 +414,15 @@ def test_mixing_error(wells):
     noisy = np.random.default_rng(1).poisson(clean).astype(float)
     found = metrics.mixing_error(sp.csr_matrix(noisy), pd.DataFrame(known))
     assert 0 < found["rmse"] < 0.1 and found["n"] == 48
-    assert found == metrics.mixing_error(noisy, known)
+    full = metrics.mixing_error(noisy, known)
+    assert found == pytest.approx(full, rel=1e-9)
     # Proportions scatter about their mean, 1 / 3 or close to it.
     assert found["guess"] == pytest.approx(np.sqrt(known.var(0).mean()), abs=0.02)
-    # Depth does not matter, the logarithm does.
-    depth = np.random.default_rng(2).uniform(0.9, 1.1, (48, 1))
-    assert metrics.mixing_error(clean * depth, known)["rmse"] < 0.02
-    assert metrics.mixing_error(np.log1p(clean), known)["rmse"] > 0.05
+    # Values are linear in the mixture; their logarithms are not.
+    assert metrics.mixing_error(np.log1p(clean), known)["rmse"] > 0.02
+    # Published proportions are rounded: 3 x 0.33 is taken for 1.
+    rounded = metrics.mixing_error(clean, known.round(2))
+    assert 0 < rounded["rmse"] < 0.01
 
 
 def test_no_well_is_judged_by_profiles_made_from_it(wells):
@@ -482,7 +485,7 @@ def test_published_simulation_is_the_one_described(published, scales):
     assert published.shape == (500, 969)
     totals = np.asarray(published.layers["counts"].sum(1)).ravel()
     assert np.median(totals) == 6566.5
-    assert np.median(published.layers["true_counts"].sum(1)) == 61258.5
+    assert np.median(published.layers["true_counts"].sum(1).A1) == 61258.5
     assert scales[2].sum() == 258_901 and published.layers["dropped"].nnz == 273_945
     # Kept entries are equal where both are scaled by the observed totals.
     seen = log_counts(published).values.toarray()

@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
+from scipy.special import gammaln
+from scipy.stats import nbinom
 
 from scgenlib import baselines, imputers
 from scgenlib.errors import ConfigError, DataError
@@ -303,6 +305,32 @@ def test_autoencoder_learns_the_types(blocks):
     within = own[truth >= 8].mean()
     assert 11 < within < 16
     assert own[truth == 0].mean() < 0.2 * within
+
+
+def test_negative_binomial_loss_is_scipys():
+    import torch
+
+    y, mean = np.array([[0.0, 3, 7]]), np.array([[0.5, 2, 9]])
+    theta = np.array([0.4, 1.0, 5.0])
+    found = imputers._nb_loss(*map(torch.tensor, (y, mean, np.log(theta))))
+    logs = nbinom.logpmf(y, theta, theta / (theta + mean)) + gammaln(y + 1)
+    assert float(found) == pytest.approx(-logs.mean(), rel=1e-6)
+
+
+def test_autoencoder_takes_depth_out_and_scales_to_the_target():
+    rng = np.random.default_rng(0)
+    depth = np.where(np.arange(300) % 2, 4.0, 1.0)
+    rate = rng.gamma(2, 2, 30)
+    data = cells(rng.poisson(depth[:, None] * rate))
+    out = imputers.nb_autoencoder(data, target_sum=1e4, keep_observed=False)
+    totals = np.expm1(imputed(out)).sum(1)
+    assert totals.mean() == pytest.approx(1e4, rel=0.05)
+    assert totals[depth == 4].mean() == pytest.approx(
+        totals[depth == 1].mean(), rel=0.1
+    )
+    counts = dense(out.layers["imputed_counts"])
+    ratio = counts[depth == 4].mean() / counts[depth == 1].mean()
+    assert ratio == pytest.approx(4, rel=0.1)
 
 
 def test_autoencoder_leaves_the_random_state_and_follows_its_seed(some):

@@ -115,3 +115,214 @@ def test_nt_xent_by_hand():
         got = losses.nt_xent(a, a * 3, temperature).item()
         assert got == pytest.approx(want, abs=1e-6)
     assert losses.nt_xent(a, a.flip(0)).item() > losses.nt_xent(a, a).item()
+
+
+# ------------------------------------------------------------ losses of a mixture VAE
+
+
+# 2: masked MSE.
+def test_masked_mse_by_hand():
+    x = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]])
+    made = torch.tensor([[2.0, 9.0, 2.0], [9.0, 1.0, 9.0]], requires_grad=True)
+    # Squares 1, 0 and 4 where something was observed, over all six entries.
+    loss = losses.masked_mse(x, made)
+    assert loss.item() == pytest.approx(5 / 6, abs=1e-7)
+    loss.backward()
+    expected = torch.tensor([[2.0, 0.0, 0.0], [0.0, -4.0, 0.0]]) / 6
+    torch.testing.assert_close(made.grad, expected)
+    assert (made.grad[x == 0] == 0).all()
+    other = torch.where(x == 0, torch.tensor(-50.0), made.detach())
+    assert torch.equal(losses.masked_mse(x, other), loss.detach())
+
+
+# 3: density of a Gaussian.
+def test_gaussian_log_density_by_hand():
+    zero = torch.zeros(1, 10)
+    at_centre = losses.gaussian_log_density(zero, zero, zero).item()
+    assert at_centre == pytest.approx(-9.1893853, abs=1e-5)
+    z, log_variance = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, math.log(4)]])
+    found = losses.gaussian_log_density(z, torch.zeros(1, 2), log_variance)
+    assert found.item() == pytest.approx(-3.5310242, abs=1e-6)
+    # Many points and components at once, against torch.
+    torch.manual_seed(0)
+    z, centres, log_variance = torch.randn(5, 3), torch.randn(4, 3), torch.randn(4, 3)
+    found = losses.gaussian_log_density(z, centres, log_variance)
+    assert found.shape == (5, 4)
+    normal = torch.distributions.Normal(centres, (0.5 * log_variance).exp())
+    torch.testing.assert_close(found, normal.log_prob(z[:, None]).sum(2))
+
+
+def mixture(pi, centres, variances):
+    """Log weights, centres and log variances."""
+    return (
+        torch.tensor(pi).log(),
+        torch.tensor(centres),
+        torch.tensor(variances).log(),
+    )
+
+
+# 4: divergence from the mixture where it is known.
+def test_mixture_kl_landmarks():
+    z, zero = torch.randn(7, 10), torch.zeros(7, 10)
+    one = mixture([1.0], [[0.0] * 10], [[1.0] * 10])
+    assert losses.mixture_kl(zero, zero, z, *one).item() == pytest.approx(0, abs=1e-6)
+    # One component: whatever the draw, it is the divergence of two Gaussians.
+    shifted = losses.mixture_kl(zero + 1, zero, z, *one)
+    assert shifted.item() == pytest.approx(5, abs=1e-5)
+    mean, log_variance = torch.randn(7, 10), torch.randn(7, 10)
+    torch.testing.assert_close(
+        losses.mixture_kl(mean, log_variance, z, *one),
+        losses.kl_to_standard_normal(mean, log_variance),
+    )
+    # Two components that are the same are one.
+    two = mixture([0.5, 0.5], [[0.0] * 10] * 2, [[1.0] * 10] * 2)
+    assert losses.mixture_kl(zero, zero, z, *two).item() == pytest.approx(0, abs=1e-6)
+    uneven = mixture([0.9, 0.1], [[0.0] * 10] * 2, [[1.0] * 10] * 2)
+    again = losses.mixture_kl(zero + 1, zero, z, *uneven)
+    assert again.item() == pytest.approx(5, abs=1e-5)
+
+
+# 5 and 6: divergence from the mixture at the mean code.
+@pytest.mark.parametrize(
+    ("mean", "variance", "parts", "shares", "expected"),
+    [
+        (
+            [1.0, 0.0],
+            [1.0, 1.0],
+            ([0.5, 0.5], [[1.0, 0.0], [-1.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]),
+            [0.8807971, 0.1192029],
+            0.5662192,
+        ),
+        (
+            [0.5, -1.0],
+            [0.25, 2.0],
+            ([0.3, 0.7], [[0.0, 0.0], [2.0, 1.0]], [[1.0, 1.0], [0.5, 4.0]]),
+            [0.8353840, 0.1646160],
+            2.0177975,
+        ),
+    ],
+)
+def test_mixture_kl_by_hand(mean, variance, parts, shares, expected):
+    mean, log_variance = torch.tensor([mean]), torch.tensor([variance]).log()
+    parts = mixture(*parts)
+    found = losses.responsibilities(mean, *parts).exp()
+    assert found[0].tolist() == pytest.approx(shares, abs=1e-6)
+    loss = losses.mixture_kl(mean, log_variance, mean, *parts)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    # It is a mean over cells: the same cell twice changes nothing.
+    twice = [torch.cat([x, x]) for x in (mean, log_variance, mean)]
+    torch.testing.assert_close(losses.mixture_kl(*twice, *parts), loss)
+
+
+def test_mixture_kl_is_a_mean_over_draws_of_the_divergence():
+    """On average over draws it lies at most ln K above the exact divergence."""
+    rng = torch.Generator().manual_seed(0)
+    parts = mixture([0.3, 0.7], [[0.0, 0.0], [2.0, 1.0]], [[1.0, 1.0], [0.5, 4.0]])
+    mean, log_variance = torch.tensor([0.5, -1.0]), torch.tensor([0.25, 2.0]).log()
+    z = mean + (0.5 * log_variance).exp() * torch.randn(200_000, 2, generator=rng)
+    inside = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    density = losses.gaussian_log_density(z, *parts[1:]) + parts[0]
+    exact = (inside.log_prob(z).sum(1) - density.logsumexp(1)).mean().item()
+    spread = [x.expand(len(z), 2) for x in (mean, log_variance)]
+    bound = losses.mixture_kl(*spread, z, *parts).item()
+    assert exact - 0.01 < bound < exact + math.log(2)
+
+
+# 7: a point far from every component.
+def test_far_points_have_their_true_shares():
+    near, far = torch.full((1, 10), 0.1), torch.full((1, 10), 60.0)
+    parts = mixture([0.2, 0.8], [[0.0] * 10, [0.01] * 10], [[1.0] * 10] * 2)
+    for z in (near, far):
+        # Equal variances: the log odds are linear in z. At 60: 600 x 0.01 - 0.0005.
+        odds = math.log(0.8 / 0.2) + 0.01 * z.sum().item() - 0.5 * 10 * 1e-4
+        shares = losses.responsibilities(z, *parts).exp()[0]
+        assert shares[1].item() == pytest.approx(1 / (1 + math.exp(-odds)), abs=2e-4)
+        assert shares.sum().item() == pytest.approx(1, abs=1e-6)
+    assert shares[1] > 0.999  # and not one half
+    # The densities themselves are 0 there.
+    assert losses.gaussian_log_density(far, *parts[1:]).exp().max() == 0
+    z = far.clone().requires_grad_(True)
+    losses.mixture_kl(z, torch.zeros(1, 10), z, *parts).backward()
+    assert torch.isfinite(z.grad).all()
+
+
+# 20: shares sum to 1.
+def test_shares_sum_to_one():
+    torch.manual_seed(0)
+    z, centres, log_variance = (torch.randn(n, 4) * 5 for n in (50, 3, 3))
+    log_pi = torch.randn(3).log_softmax(0)
+    shares = losses.responsibilities(z, log_pi, centres, log_variance).exp()
+    assert shares.shape == (50, 3) and shares.min() >= 0
+    torch.testing.assert_close(shares.sum(1), torch.ones(50))
+    # They are pi times density over the sum of these.
+    weight = (losses.gaussian_log_density(z, centres, log_variance) + log_pi).double()
+    expected = weight.exp() / weight.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(shares.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+# 8: cell-level contrast.
+def test_nt_xent_landmarks():
+    t, eye = 0.9, torch.eye(2)
+    swapped = eye.flip(0)
+    assert losses.nt_xent(eye, eye, t).item() == pytest.approx(0.5058448, abs=1e-6)
+    found = losses.nt_xent(eye, swapped, t).item()
+    assert found == pytest.approx(1.6169560, abs=1e-6)
+    for n in (2, 32):
+        same = torch.ones(n, 3)
+        expected = math.log(2 * n - 1)
+        assert losses.nt_xent(same, same, t).item() == pytest.approx(expected, abs=1e-5)
+    assert expected == pytest.approx(4.1431347, abs=1e-7)
+    apart = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    found = losses.nt_xent(apart, apart, t).item()
+    assert found == pytest.approx(0.1961719, abs=1e-6)
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 4), torch.randn(6, 4)
+    loss = losses.nt_xent(a, b, t)
+    torch.testing.assert_close(losses.nt_xent(b, a, t), loss)
+    scale = torch.rand(6, 1) * 9 + 0.1
+    torch.testing.assert_close(losses.nt_xent(a * scale, b / scale, t), loss)
+    assert losses.nt_xent(a[:1], b[:1], t).item() == 0
+
+
+# 9: type-level contrast.
+def test_sup_con_landmarks():
+    rows = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+
+    def loss(labels, features=rows, **options):
+        return losses.sup_con(features, torch.tensor(labels), **options).item()
+
+    expected = 0.9 / 0.7 * math.log(1 + 2 * math.exp(-1 / 0.9))
+    assert loss([0, 0, 1, 1]) == pytest.approx(expected, abs=1e-6)
+    assert expected == pytest.approx(0.6503719, abs=1e-7)
+    assert loss([0, 1, 0, 1]) == pytest.approx(2.0789433, abs=1e-6)
+    assert loss([0, 0, 0, 0], torch.ones(4, 2)) == pytest.approx(1.4125015, abs=1e-6)
+    assert loss([0, 1, 2, 3]) == 0
+    # Two of four rows have no mate: they add nothing and count in the mean.
+    assert loss([0, 0, 1, 2]) == pytest.approx(0.3251860, abs=1e-6)
+    assert loss([0, 0, 1, 1], 3 * rows) == pytest.approx(expected, abs=1e-6)
+    plain = loss([0, 0, 1, 1], 3 * rows.double(), normalise=False)
+    assert plain == pytest.approx(0.0001167, abs=1e-7)
+    # The names of the labels mean nothing.
+    assert loss([7, 7, -2, -2]) == loss([0, 0, 1, 1])
+
+
+def test_sup_con_row_by_row():
+    """With types of 3, 2 and 1 rows, against loops."""
+    torch.manual_seed(0)
+    rows, labels = torch.randn(6, 4), [0, 0, 1, 0, 2, 1]
+    z = rows / rows.norm(dim=1, keepdim=True)
+    total = 0.0
+    for i in range(6):
+        near = [math.exp((z[i] @ z[j]).item() / 0.9) for j in range(6)]
+        mates = [j for j in range(6) if j != i and labels[j] == labels[i]]
+        others = sum(near) - near[i]
+        if mates:
+            total -= sum(math.log(near[j] / others) for j in mates) / len(mates)
+    found = losses.sup_con(rows, torch.tensor(labels)).item()
+    assert found == pytest.approx(0.9 / 0.7 * total / 6, abs=1e-5)
+
+
+def test_sup_con_without_any_mate_has_a_gradient_of_zero():
+    rows = torch.randn(3, 2, requires_grad=True)
+    losses.sup_con(rows, torch.arange(3)).backward()
+    assert (rows.grad == 0).all()

@@ -187,7 +187,7 @@ def matrix_table(root: Path) -> str:
 
 def records_table(root: Path, notebooks: Sequence[Path]) -> str:
     """Return every recorded run, and those that its chapter could still have."""
-    from scgenlib import cli, datasets
+    from scgenlib import cli, datasets, records
 
     folder = root / "book" / "results"
     known = datasets.names()
@@ -195,7 +195,8 @@ def records_table(root: Path, notebooks: Sequence[Path]) -> str:
     for path in sorted(folder.glob("*.json")):
         for chapter in (p.stem for p in notebooks):
             for name in known:
-                head = f"{chapter}-{name}-"
+                # Up to the experiment: a name with a slash is stored with "_".
+                head = records.record_path(chapter, name, "", folder).stem
                 if path.stem.startswith(head):
                     about = json.loads(path.read_text())["provenance"]
                     found[chapter, name, path.stem[len(head) :]] = about

@@ -32,7 +32,8 @@ BEGIN, END = "<!-- matrix: begin -->\n", "<!-- matrix: end -->\n"
 
 def run(chapter: str, dataset: str) -> dict[str, Any]:
     """Execute one pair in a process of its own and measure it."""
-    output = book.BUILD / "matrix" / f"{chapter}-{dataset}.ipynb"
+    name = f"{chapter}-{dataset.replace('/', '_')}.ipynb"
+    output = book.BUILD / "matrix" / name
     command = [sys.executable, "-m", "scgenlib.cli", "run", chapter]
     command += ["-p", "dataset", dataset, "-o", str(output)]
     began = time.perf_counter()

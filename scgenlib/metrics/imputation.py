@@ -173,7 +173,9 @@ def oversmoothing(
     values, truth, labels
         Imputed and true values; the type of each cell.
     totals
-        Totals of the cells; the correlation is then partial on their logarithm.
+        Totals of the cells; the correlation is then partial on their logarithm. This
+        cannot mend a truth that was scaled with the observed totals: take the truth
+        on its own scale (`log_truth`).
     where
         Entries that count for the correlation, bool; give the lost entries, or the
         entries that were kept answer for the method. None takes all.
@@ -531,8 +533,10 @@ def poisson_loss(predicted_counts: Matrix, held_out: Matrix, share: float) -> fl
 
     For counts without a known truth. The mean is `predicted_counts` x (1 - share) /
     share, at least 1e-6. A matrix that keeps observed entries is not a denoiser: it
-    repeats the sampling noise of the training half and loses by construction. Score a
-    method with ``keep_observed=False``. Blind to errors in genes with few counts.
+    repeats the sampling noise of the training half, and with low counts it loses by
+    construction. (Where counts are high, or scatter more than Poisson, the cell's own
+    count can be the better guess.) Score methods with ``keep_observed=False``. Blind
+    to errors in genes with few counts.
 
     Parameters
     ----------
@@ -612,14 +616,15 @@ def mixing_error(
     method makes its own profiles, as each distorts expression in its own way.
 
     Blind to genes of low expression, and to collapse onto the mixtures: replacing each
-    well by the mean of its mixture scores well.
+    well by the mean of its mixture scores well. The dealing moves the score by about a
+    tenth: average over seeds.
 
     Parameters
     ----------
     values
         Wells x genes, each well scaled to one total, not logarithms.
     proportions
-        Wells x lines (array or DataFrame); rows sum to 1.
+        Wells x lines (array or DataFrame); rows sum to 1, within 0.02 of rounding.
     seed
         Deals the wells.
 
@@ -633,10 +638,11 @@ def mixing_error(
     if (
         known.ndim != 2
         or len(known) != x.shape[0]
-        or (abs(known.sum(1) - 1) > 1e-3).any()
+        or (abs(known.sum(1) - 1) > 0.02).any()
     ):
         shape = f"shape {known.shape} for {x.shape[0]} wells"
         raise DataError(message("Proportions must sum to 1 in each well", found=shape))
+    known = known / known.sum(1, keepdims=True)
     rng = np.random.default_rng(seed)
     mixtures = pd.factorize(pd.Series(map(tuple, known.round(4))))[0]
     # Sorted by mixture, random within: every second well of each mixture.
