@@ -7,11 +7,15 @@ writes these records into book/results:
     scgacl-<dataset>-choose.json     settings, scored on held-out observed entries
     scgacl-<dataset>-contest.json    every imputer against the truth
     scgacl-<dataset>-dial.json       the weight of the reconstruction, from 1 to the
-                                     number of genes: does the code collapse?
-    scgacl-<dataset>-ablation.json   the three losses of phase 2 on and off, 3 seeds
+                                     number of genes, from two starts: does the code
+                                     collapse?
     scgacl-<dataset>-invention.json  false tests, false correlations, noise in draws
 
-and, for `simulated` alone,
+where all the truth is known
+
+    scgacl-<dataset>-ablation.json   the three losses of phase 2 on and off, 3 seeds
+
+and for `simulated` alone
 
     scgacl-simulated-heterogeneity.json    gene programmes within a type, none to full
 
@@ -51,6 +55,7 @@ from scgenlib import (
     datasets,
     metrics,
     preprocess,
+    published,
     simulate,
 )
 from scgenlib.scgacl import CollapseWarning
@@ -65,6 +70,7 @@ CLUSTER_ON = ("log", "observed")
 THRESHOLDS = (0.0, 0.5)
 #: The dial; the number of genes comes last.
 REC_WEIGHTS = (1, 3, 10, 30, 100, 300)
+STARTS = ("ours", "published")
 PROGRAMMES = (0.0, 0.5, 1.0)
 ABLATION_SEEDS = 3
 N_DRAWS = 20
@@ -180,22 +186,31 @@ class Lab:
     def __init__(self, puzzle: Puzzle, config: ScGACLConfig, seed: int, device: str):
         self.puzzle, self.config = puzzle, config
         self.seed, self.device = seed, device
-        self._made: dict[tuple[str, str | None], ScGACL] = {}
+        self._made: dict[tuple[str, str | None, str], ScGACL] = {}
 
-    def fit(self, label_key: str | None = None, **changed: Any) -> ScGACL:
+    def fit(
+        self,
+        label_key: str | None = None,
+        kind: type[ScGACL] = ScGACL,
+        **changed: Any,
+    ) -> ScGACL:
         """Return a model of the puzzle's cells, label-free without a column."""
         config = self.config.replace(**changed)
-        key = config.hash(), label_key
+        key = config.hash(), label_key, kind.__name__
         if key not in self._made:
-            self._made[key] = self.fit_to(self.puzzle.cells, config, label_key)
+            self._made[key] = self.fit_to(self.puzzle.cells, config, label_key, kind)
         return self._made[key]
 
     def fit_to(
-        self, cells: AnnData, config: ScGACLConfig, label_key: str | None
+        self,
+        cells: AnnData,
+        config: ScGACLConfig,
+        label_key: str | None,
+        kind: type[ScGACL] = ScGACL,
     ) -> ScGACL:
         """Return a model of any cells."""
         cells = blind(cells) if label_key is None else cells
-        model = ScGACL(config, seed=self.seed, device=self.device)
+        model = kind(config, seed=self.seed, device=self.device)
         with warnings.catch_warnings():
             # Some rows are there to show a collapse; their `spread` tells it.
             warnings.simplefilter("ignore", CollapseWarning)
@@ -222,7 +237,7 @@ def facts_of(model: ScGACL) -> dict[str, Any]:
     joint = log[log["phase"] != "pre"]
     kl = joint.loc[joint["term"] == "kl", "value"]
     rec = joint.loc[joint["term"] == "rec", "value"].to_numpy()
-    parts = np.array_split(rec, 15) if len(rec) >= 15 else [rec]
+    parts = np.array_split(rec, min(10, len(rec)))
     weight = config.rec_weight
     return {
         "rec_weight": model.sizes_["n_genes"] if weight is None else weight,
@@ -232,8 +247,8 @@ def facts_of(model: ScGACL) -> dict[str, Any]:
         "kl": float(kl.tail(10).mean()),
         "components": model.facts_.get("components"),
         "spread": model.facts_.get("spread"),
-        # Reconstruction error in fifteenths of the two phases: is it flat?
-        "rec_curve": [round(float(part.mean()), 5) for part in parts],
+        # Reconstruction error in tenths of phases 1 and 2: is it flat?
+        "rec_curve": [float(part.mean()) for part in parts],
         "fit_seconds": round(model.fit_seconds_, 1),
     }
 
@@ -368,8 +383,16 @@ def models(lab: Lab, args: argparse.Namespace) -> Rows:
     arms.append(("scGACL with labels", lab.fit(LABELS), None))
     arms.append(("VaDE only", lab.fit(epoch=0), None))
     if args.dataset == "scgacl_sim":
-        form = ScGACLConfig.published(args.profile, n_cluster=lab.config.n_cluster)
-        model = lab.fit_to(p.cells, form, None)
+        # The published number of epochs, in the sizes of the profile.
+        long = ScGACLConfig.profile("paper")
+        form = ScGACLConfig.published(
+            args.profile,
+            n_cluster=lab.config.n_cluster,
+            pre_epoch=long.pre_epoch,
+            vaeepoch=long.vaeepoch,
+            epoch=long.epoch,
+        )
+        model = lab.fit_to(p.cells, form, None, published.ScGACLAsPublished)
         arms.append(("scGACL, published weights", model, None))
         arms.append(("scGACL, published weights, all zeros filled", model, 0.0))
     for arm, model, threshold in arms:
@@ -391,16 +414,23 @@ def models(lab: Lab, args: argparse.Namespace) -> Rows:
 
 
 def dial(lab: Lab, args: argparse.Namespace) -> Rows:
-    """Return what becomes of code and reconstruction as its weight grows."""
+    """Return what becomes of code and reconstruction as its weight grows.
+
+    Two phases of the published length and no third, from two starts: this book's,
+    and the published one of weights and of the code's variance.
+    """
     n_genes = lab.puzzle.cells.n_vars
     weights = [weight for weight in REC_WEIGHTS if weight < n_genes]
-    return [code_of(lab, float(weight)) for weight in [*weights, n_genes]]
+    rows: Rows = []
+    for start in STARTS:
+        for weight in [*weights, n_genes]:
+            rows.append({"start": start, **code_of(lab, float(weight), start=start)})
+            print(args.dataset, rows[-1], flush=True)
+    return rows
 
 
 def ablation(lab: Lab, args: argparse.Namespace) -> Rows:
     """Return the same for the losses of phase 2, on and off, at the full weight."""
-    if lab.seed >= ABLATION_SEEDS:
-        return []
     names = ("lambda_g_adv", "lambda_simcl", "lambda_supcl")
     rows = []
     for on in itertools.product((0.0, 1.0), repeat=3):
@@ -409,10 +439,19 @@ def ablation(lab: Lab, args: argparse.Namespace) -> Rows:
     return rows
 
 
-def code_of(lab: Lab, rec_weight: float, **weights: float) -> dict[str, Any]:
+def code_of(
+    lab: Lab, rec_weight: float, start: str = "", **weights: float
+) -> dict[str, Any]:
     """Return one fit's code, reconstruction and completed matrix, in numbers."""
     p = lab.puzzle
-    model = lab.fit(rec_weight=rec_weight, valid_share=0.0, **weights)
+    options: dict[str, Any] = {"rec_weight": rec_weight, "valid_share": 0.0, **weights}
+    if start:
+        long = ScGACLConfig.profile("paper")
+        options |= {"pre_epoch": long.pre_epoch, "vaeepoch": long.vaeepoch, "epoch": 0}
+    if start == "published":
+        options |= {"init_sd": ScGACLConfig.published().init_sd, "shuffle": False}
+    kind = published.ScGACLAsPublished if start == "published" else ScGACL
+    model = lab.fit(kind=kind, **options)
     decoded = layer(imputed_by(model, p.cells, keep_observed=False), p.cells)
     between, within = variances(decoded, p.types)
     full = score(layer(imputed_by(model, p.cells), p.cells), p)
@@ -442,7 +481,7 @@ def heterogeneity(lab: Lab, args: argparse.Namespace) -> Rows:
             dropout_slope=0.5,
             seed=lab.seed,
         )
-        p = puzzle_of(full, None)
+        p = puzzle_of(full, lab.config.n_genes)
         config = settled(lab.config, {"rec_share": share}, p.cells.n_vars)
         config = config.replace(n_cluster=len(np.unique(p.types)))
         own = Lab(p, config, lab.seed, lab.device)
@@ -581,19 +620,20 @@ EXPERIMENTS: dict[str, Callable[[Lab, argparse.Namespace], Rows]] = {
     "invention": invention,
     "heterogeneity": heterogeneity,
 }
-#: Made for `simulated` alone: it draws cells of its own.
-SIMULATED = {"heterogeneity"}
 
 
-def run(
-    lab: Lab, config: ScGACLConfig, args: argparse.Namespace
-) -> Iterator[tuple[str, Rows]]:
+def run(lab: Lab, args: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
     """Yield the name and the rows of each record that one seed adds to."""
     if args.profile == "paper":
         yield "paper", models(lab, args)
         return
-    for name in args.only:
-        if args.dataset == "simulated" or name not in SIMULATED:
+    for name in args.only or EXPERIMENTS:
+        # One draws cells of its own, one is for data whose zeros are known.
+        fits = {
+            "heterogeneity": args.dataset == "simulated",
+            "ablation": lab.puzzle.zeros_known and lab.seed < ABLATION_SEEDS,
+        }
+        if fits.get(name, True):
             yield name, EXPERIMENTS[name](lab, args)
 
 
@@ -605,7 +645,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--genes", type=int, default=None, help="most variable ones")
-    parser.add_argument("--only", nargs="+", default=EXPERIMENTS, choices=EXPERIMENTS)
+    parser.add_argument("--only", nargs="+", default=None, choices=EXPERIMENTS)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results-dir", default=None)
@@ -619,6 +659,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def write(name: str, rows: Rows, begun: float) -> None:
         seconds = time.perf_counter() - begun
+        rows = [{key: short(value) for key, value in row.items()} for row in rows]
         add(__file__, name, rows, adata, config, args, seconds, MODULES, key_of)
 
     settings = config
@@ -630,16 +671,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = settled(config, chosen, puzzle.cells.n_vars)
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         begun = time.perf_counter()
-        for name, rows in run(Lab(puzzle, settings, seed, args.device), config, args):
-            if rows:
-                write(name, rows, begun)
+        for name, rows in run(Lab(puzzle, settings, seed, args.device), args):
+            write(name, rows, begun)
             begun = time.perf_counter()
+
+
+def short(value: Any) -> Any:
+    """Return numbers with six digits: more would not repeat elsewhere."""
+    if isinstance(value, list):
+        return [short(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """Return what names a row, so that a second run replaces it."""
     names = ("seed", "arm", "told", "draws", "rec_weight", "drop_threshold")
-    names += ("cluster_on", "programmes", "lambda_g_adv", "lambda_simcl")
+    names += ("cluster_on", "programmes", "lambda_g_adv", "lambda_simcl", "start")
     return tuple(row.get(name) for name in (*names, "lambda_supcl"))
 
 

@@ -66,7 +66,10 @@ def log_counts(adata: ad.AnnData, target_sum: float | None = None) -> LogCounts:
     if "counts" not in adata.layers:
         do = "Use data with counts."
         raise DataError(message("Imputation starts from counts", found="none", do=do))
-    counts = adata.layers["counts"]
+    counts = sp.csr_matrix(adata.layers["counts"])
+    if counts.nnz and not counts.data.all():  # a stored zero was not observed
+        counts = counts.copy()
+        counts.eliminate_zeros()
     # Totals of read counts pass the whole numbers that float32 holds exactly.
     totals = np.asarray(counts @ np.ones(counts.shape[1]), dtype=np.float64)
     if target_sum is None:
@@ -123,6 +126,7 @@ def to_counts(
     if counts is None:
         return out
     raw = sp.csr_matrix(counts[rows])
+    raw.eliminate_zeros()
     at = np.repeat(np.arange(raw.shape[0]), np.diff(raw.indptr))
     out[at, raw.indices] = raw.data
     return out

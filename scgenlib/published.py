@@ -8,7 +8,7 @@ Paths without a repository are those of RitwikGanguly/GARAGE.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -22,11 +22,13 @@ from scgenlib.dropout import Entries, Parameters, dropout_probability
 from scgenlib.errors import ConfigError, message, unknown
 from scgenlib.garage import seed_count
 from scgenlib.nets import mlp
-from scgenlib.scgacl import ScGACLConfig
+from scgenlib.scgacl import ScGACL, ScGACLConfig
+from scgenlib.vaegan import Encoder
 
 __all__ = [
     "SCGAN_PARAMETERS",
     "Discriminator",
+    "ScGACLAsPublished",
     "degree_scores",
     "edge_index_scores",
     "generated_sizes",
@@ -333,6 +335,21 @@ def scgacl_dropout(counts: Any, groups: Any) -> pd.DataFrame:
     """
     options: Any = {"start_rate": 0.01, "min_sd": 0.0, "expect": plain_densities}
     return dropout_probability(counts, groups, max_zeros=1.0, **options)
+
+
+class ScGACLAsPublished(ScGACL):
+    """scGACL with the published start of the code's variance.
+
+    Hhjyl/scGACL, commit 6d4d2dd: after pre-training the head of the log variance is a
+    copy of the head of the mean, so that a cell far from the origin gets a code of huge
+    or of vanishing variance.
+    """
+
+    @torch.no_grad()
+    def _start_mixture(self) -> None:
+        super()._start_mixture()
+        encoder = cast(Encoder, self.modules_["encoder"])
+        encoder.log_variance.load_state_dict(encoder.mean.state_dict())
 
 
 def scgacl_config(published: Mapping[str, Any], **overrides: Any) -> ScGACLConfig:

@@ -533,7 +533,9 @@ class ScGACL(Estimator):
 
     def _own(self, adata: AnnData) -> tuple[AnnData, completion.LogCounts]:
         """Return cells on the genes and the scale of the model."""
-        self._check_fitted()
+        # Fitted, or being fitted: callbacks impute on the way.
+        if "table" not in getattr(self, "arrays_", {}):
+            self._check_fitted()
         names = pd.Index(self.genes_)
         absent = names.difference(adata.var_names)
         if len(absent):
@@ -692,6 +694,8 @@ class ScGACL(Estimator):
     ) -> Iterator[completion.Block]:
         """Yield rows, their completed values and, with draws, the deviations."""
         encoder, decoder = self.modules_["encoder"], self.modules_["decoder"]
+        was_training = encoder.training
+        encoder.eval()
         rng = torch.Generator(self.device_).manual_seed(seed)
         for rows in self._slices(log.values.shape[0]):
             mean, log_variance = encoder(minibatch(log.values, rows, self.device_))
@@ -714,6 +718,7 @@ class ScGACL(Estimator):
             if sd is not None:
                 sd = completion.assemble(observed * 0, sd, flagged)
             yield rows, completion.assemble(observed, filled, flagged), sd
+        encoder.train(was_training)
 
 
 def _mean_of_observed(X: sparse.csr_matrix) -> Tensor:

@@ -1,4 +1,4 @@
-"""A completed matrix: what was observed stays, on both scales, in memory and on disk."""
+"""A completed matrix: what was observed stays, on both scales and on disk."""
 
 from __future__ import annotations
 
@@ -132,9 +132,7 @@ def test_a_denoised_matrix_keeps_nothing(some, filled):
     out = completed(some, filled, log, {}, keep_observed=False)
     assert (dense(out.layers["imputed"]) == filled).all()
     expected = np.expm1(filled.astype(float)) * (log.totals / log.target)[:, None]
-    np.testing.assert_allclose(
-        dense(out.layers["imputed_counts"]), expected, rtol=1e-5
-    )
+    np.testing.assert_allclose(dense(out.layers["imputed_counts"]), expected, rtol=1e-5)
 
 
 def test_layers_are_sparse_where_most_is_zero(some, filled):
@@ -231,6 +229,7 @@ def test_a_broken_run_leaves_nothing(some, filled, tmp_path, name):
 
 
 # 12: observed entries are the same bits, and the way back gives the counts.
+@pytest.mark.filterwarnings("ignore")
 def test_real_cells(tmp_path):
     real = datasets.load("pbmc68k_reduced", verbose=False)
     log = log_counts(real)

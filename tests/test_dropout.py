@@ -1,4 +1,4 @@
-"""Dropout mixtures: against a slow fit, the rules around it, and published behaviour."""
+"""Dropout mixtures: against a slow fit, the rules around it, published behaviour."""
 
 from __future__ import annotations
 
@@ -61,8 +61,15 @@ def slow_fit(counts, rate=None, steps=100, tolerance=0.5):
 
 def as_segment(counts):
     """Return one gene in one group as `fit_mixtures` takes it."""
-    value, weight = np.unique(np.asarray(counts)[np.asarray(counts) > 0], return_counts=1)
-    return np.zeros(len(value), int), value.astype(float), weight, np.array([len(counts)])
+    value, weight = np.unique(
+        np.asarray(counts)[np.asarray(counts) > 0], return_counts=1
+    )
+    return (
+        np.zeros(len(value), int),
+        value.astype(float),
+        weight,
+        np.array([len(counts)]),
+    )
 
 
 def draw(n_cells, n_genes, seed=0):
@@ -239,22 +246,31 @@ def far():
     return np.repeat([0, 1, 100, 101], [4000, 1, 300, 300])[:, None]
 
 
-# 14: shares of 0 / 0.
+# 14: a value of which both densities are 0.
 def test_densities_of_zero_have_no_share(far):
     groups = ["a"] * len(far)
-    options = {"min_sd": 0.0, "start_rate": 0.01}
-    p, table = dropout_probability(far, groups, return_parameters=True, **options)
-    assert p.loc[0, "a"] > 0.999 and np.isfinite(table.to_numpy()).all()
+    options = {"min_sd": 0.0, "start_rate": 0.01, "return_parameters": True}
+    p, table = dropout_probability(far, groups, **options)
+    # On the log scale the one count is nearer to the Gamma part, with the zeros.
+    assert p.loc[0, "a"] > 0.999
     assert table["rate"].item() == pytest.approx(4001 / 4601, abs=1e-6)
-    plain, table = dropout_probability(
-        far,
-        groups,
-        expect=published.plain_densities,
-        return_parameters=True,
-        **options,
-    )
-    assert plain.loc[0, "a"] == 0 and table["rate"].isna().item()
-    assert published.scgacl_dropout(far, groups).loc[0, "a"] == 0
+    assert table["sd"].item() == pytest.approx(0.004926, abs=1e-6)
+    # Plain densities leave it to the Normal part, whatever that makes of it.
+    options["expect"] = published.plain_densities
+    _, table = dropout_probability(far, groups, **options)
+    assert table["rate"].item() == pytest.approx(4000 / 4601, abs=1e-6)
+    assert table["sd"].item() == pytest.approx(0.159925, abs=1e-6)
+
+
+# 14: a Normal part of one value has no density, and then no zero is a dropout.
+def test_a_gene_of_one_count_has_no_share_as_published():
+    counts = np.repeat([0, 7], [50, 40])[:, None]
+    groups = ["a"] * 90
+    assert published.scgacl_dropout(counts, groups).loc[0, "a"] == 0
+    p, table = dropout_probability(counts, groups, return_parameters=True)
+    assert p.loc[0, "a"] > 0.999 and table["sd"].item() == 0.01
+    assert table["rate"].item() == pytest.approx(50 / 90, abs=1e-6)
+    assert np.isfinite(table.to_numpy()).all()
 
 
 def test_plain_densities_are_the_same_where_there_are_any():

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, ttest_ind
 
 from scgenlib import imputers, metrics
 from scgenlib.completion import log_counts
@@ -248,6 +248,14 @@ def test_false_de_of_one_gene_is_scipys():
     assert found == {"false": 0.5, "bonferroni": 0.5, "tested": 2, "skipped": 0}
 
 
+def test_false_de_by_t_is_welchs():
+    # The few cells scatter most: Student's p is below 0.05, Welch's is not.
+    halves = np.repeat([0, 1], [4, 16])
+    small = np.r_[[-6.0, 20, 14, 14], np.tile([-1.0, 1], 8)][:, None]
+    assert ttest_ind(small[:4, 0], small[4:, 0]).pvalue < 0.05
+    assert metrics.false_de(small, halves=halves, test="t")["false"] == 0.0
+
+
 @pytest.mark.parametrize("test", ["wilcoxon", "t"])
 @pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix])
 def test_false_de_is_right_without_imputation(form, test):
@@ -393,6 +401,8 @@ def test_order_agreement():
     values[stage > 2] += 100
     apart = metrics.order_agreement(values, stage, n_neighbors=5)
     assert apart["unreached"] == 0.5 and apart["spearman"] > 0.8
+    equal = metrics.order_agreement(np.tile(values[:1], (100, 1)), stage)
+    assert np.isnan(equal["spearman"])
     with pytest.raises(DataError, match="stages"):
         metrics.order_agreement(values, np.ones(100))
     with pytest.raises(DataError, match="ranks"):
@@ -434,6 +444,12 @@ def test_no_well_is_judged_by_profiles_made_from_it(wells):
     pure = np.linalg.lstsq(known, noise, rcond=None)[0]
     fitted = np.linalg.lstsq(pure.T, noise.T, rcond=None)[0].T
     assert np.sqrt(((fitted - known) ** 2).mean()) < found["rmse"]
+
+
+def test_wells_of_a_mixture_go_to_both_halves(wells):
+    known, clean = (m[[0, 1, 8, 9, 16, 17]] for m in wells)  # two of each pure line
+    for seed in range(5):
+        assert metrics.mixing_error(clean, known, seed=seed)["rmse"] < 1e-9
 
 
 def test_mixing_error_refuses(wells):

@@ -243,7 +243,7 @@ def test_diffusion_smooths_more_with_more_steps(some):
 
 
 def three_types(n: int, g: int) -> AnnData:
-    """Return n cells of each type, g genes of its own; a third of the counts is lost."""
+    """Return n cells of each of 3 types with g own genes; a third of counts is lost."""
     rng = np.random.default_rng(0)
     types = np.repeat(["a", "b", "c"], n)
     rate = np.zeros((3 * n, 3 * g))

@@ -352,3 +352,85 @@ def test_rare_types_errors():
         preprocess.rare_types(["a"] * 6 + ["b"] * 4, 4)
     with pytest.raises(ConfigError, match="rule"):
         preprocess.rare_types(["a", "b"], 2, ">")
+
+
+# --- entries that are hidden -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def molecules():
+    made = simulate(80, 50, seed=4)
+    made.uns["dataset"]["recipe"]["target_sum"] = 5000
+    return made
+
+
+def test_hidden_entries_are_the_ones_that_are_gone(molecules):
+    before = molecules.copy()
+    out = preprocess.hide_entries(molecules, 0.2, seed=3)
+    full, seen, hidden = (
+        out.layers[name] for name in ("true_counts", "counts", "hidden")
+    )
+    assert (full != before.layers["counts"]).nnz == 0
+    assert hidden.format == seen.format == "csr" and hidden.dtype == bool
+    gone = hidden.toarray()
+    assert (full.toarray()[gone] > 0).all() and (seen.toarray()[gone] == 0).all()
+    assert (seen.toarray()[~gone] == full.toarray()[~gone]).all()
+    assert seen.nnz + hidden.nnz == full.nnz and (seen.data > 0).all()
+    assert hidden.nnz / full.nnz == pytest.approx(0.2, abs=0.02)
+    # In every part of the matrix alike.
+    for part in (gone[:40], gone[40:], gone[:, :25], gone[:, 25:]):
+        base = full.toarray() > 0
+        own = base[:40] if part.shape == (40, 50) else base[:, :25]
+        assert part.sum() / own.sum() == pytest.approx(0.2, abs=0.06)
+    # X is made again of what is left, on the scale of the card.
+    expected = preprocess.normalise(seen, 5000)
+    assert (out.X != expected).nnz == 0
+    assert list(out.obs_names) == list(before.obs_names)
+    assert list(out.var_names) == list(before.var_names)
+    assert (molecules.layers["counts"] != before.layers["counts"]).nnz == 0
+    assert "hidden" not in molecules.layers
+
+
+def test_hidden_entries_follow_the_seed(molecules):
+    one, two, other = (preprocess.hide_entries(molecules, 0.3, s) for s in (1, 1, 2))
+    assert (one.layers["hidden"] != two.layers["hidden"]).nnz == 0
+    assert (one.layers["hidden"] != other.layers["hidden"]).nnz > 0
+
+
+def test_a_cell_keeps_an_entry():
+    counts = sp.csr_matrix(
+        np.eye(30, 40) + np.eye(30, 40, 1) * (np.arange(30) < 15)[:, None]
+    )
+    adata = small(np.log1p(counts.toarray()), layers={"counts": counts})
+    out = preprocess.hide_entries(adata, 0.9, seed=0)
+    left = np.asarray((out.layers["counts"] > 0).sum(1)).ravel()
+    assert (left >= 1).all() and (left[15:] == 1).all()
+    assert out.layers["hidden"].nnz > 5
+    # Without a card: 10,000 a cell.
+    totals = np.expm1(out.X.toarray().astype(float)).sum(1)
+    np.testing.assert_allclose(totals, 1e4, rtol=1e-4)
+
+
+def test_zeros_that_are_stored_cannot_be_hidden():
+    stored = sp.csr_matrix(np.full((20, 30), 2.0))
+    stored.data[::2] = 0
+    adata = small(np.log1p(stored.toarray()), layers={"counts": stored})
+    out = preprocess.hide_entries(adata, 0.5, seed=0)
+    assert out.layers["true_counts"].nnz == 300
+    assert (
+        out.layers["true_counts"].toarray()[out.layers["hidden"].toarray()] == 2
+    ).all()
+    assert stored.nnz == 600  # the caller's matrix is as it was
+    dense = small(np.log1p(stored.toarray()), layers={"counts": stored.toarray()})
+    again = preprocess.hide_entries(dense, 0.5, seed=0)
+    assert (again.layers["hidden"] != out.layers["hidden"]).nnz == 0
+
+
+def test_entries_that_cannot_be_hidden(molecules):
+    for share in (0.0, 1.0, -0.1, 2.0):
+        with pytest.raises(ConfigError, match="share.*strictly between 0 and 1"):
+            preprocess.hide_entries(molecules, share)
+    bare = molecules.copy()
+    del bare.layers["counts"]
+    with pytest.raises(DataError, match="Only counts can be hidden"):
+        preprocess.hide_entries(bare)

@@ -24,6 +24,7 @@ from scgenlib.vaegan import (
     joint_step,
     seen_by,
     share_of_generated,
+    start_small,
 )
 
 N_GENES, N_CELLS = 12, 16
@@ -137,19 +138,25 @@ def test_layers():
 
 def test_first_weights():
     torch.manual_seed(0)
-    for net in (Encoder(800, (500,), 10), Discriminator(800, (500,), (10, 10))):
-        first = next(layer for layer in net.modules() if isinstance(layer, nn.Linear))
-        assert first.weight.std().item() == pytest.approx(0.02, rel=0.01)
-        for layer in net.modules():
-            if isinstance(layer, nn.Linear):
-                assert (layer.bias == 0).all() and layer.weight.abs().max() < 0.12
-    decoder = Decoder(10, (20, 500), 800)
-    assert decoder.body[-2].weight.std().item() == pytest.approx(0.02, rel=0.01)
+    for net in (
+        Encoder(800, (500,), 10),
+        Discriminator(800, (500,), (10, 10)),
+        Decoder(10, (20, 500), 800),
+    ):
+        layers = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
+        start_small(net)
+        for layer in layers:
+            assert (layer.bias == 0).all() and layer.weight.abs().max() < 0.12
+        large = max(layers, key=lambda layer: layer.weight.numel())
+        assert large.weight.std().item() == pytest.approx(0.02, rel=0.01)
+        start_small(net, 0.5)
+        assert large.weight.std().item() == pytest.approx(0.5, rel=0.01)
 
 
 def test_decoder_starts_at_the_means_of_the_genes():
     torch.manual_seed(0)
     decoder, mean = Decoder(3, (8, 16), N_GENES), torch.rand(N_GENES) + 0.5
+    start_small(decoder)
     decoder.start_at(mean)
     out = decoder(torch.randn(5, 3))
     torch.testing.assert_close(out, mean.expand(5, -1), rtol=0, atol=0.01)
@@ -326,7 +333,7 @@ def test_weight_of_an_adversarial_loss_scales_its_gradient(x, step, factor):
         else:
             discriminator_step(nets, optimisers, x, x.flip(0), rng, weight)
             grads.append(nets["discriminator"].head.weight.grad)
-    torch.testing.assert_close(grads[1], factor * grads[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(grads[1], factor * grads[0], rtol=1e-3, atol=1e-6)
 
 
 def test_what_the_discriminator_sees():

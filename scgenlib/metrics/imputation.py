@@ -579,8 +579,9 @@ def order_agreement(
     Returns
     -------
     dict
-        'spearman': absolute rank correlation (nan if pseudotime is constant);
+        'spearman': absolute rank correlation (nan if all cells are equal);
         'unreached': share of cells not connected to the root, which count as last.
+        Where many are, only that split is scored: use more neighbours.
     """
     import scanpy as sc
 
@@ -588,6 +589,8 @@ def order_agreement(
     if len(rank) != x.shape[0] or len(np.unique(rank)) < 2 or len(rank) < 4:
         found = f"{len(rank)} ranks for {x.shape[0]} cells"
         raise DataError(message("Each cell needs one of two stages", found=found))
+    if mean_variance(x)[1].max() <= _CONSTANT:  # equal cells have no order
+        return {"spearman": float("nan"), "unreached": 0.0}
     graph = AnnData(fit_pca(x, 20, seed).transform(x).astype(np.float32))
     first = np.flatnonzero(rank == rank.min())
     middle = graph.X[first].mean(0)
