@@ -7,8 +7,7 @@ writes these records into book/results:
     scgacl-<dataset>-choose.json     settings, scored on held-out observed entries
     scgacl-<dataset>-contest.json    every imputer against the truth
     scgacl-<dataset>-dial.json       the weight of the reconstruction, from 1 to the
-                                     number of genes, from two starts: does the code
-                                     collapse?
+                                     number of genes: does the code collapse?
     scgacl-<dataset>-invention.json  false tests, false correlations, noise in draws
 
 where all the truth is known
@@ -70,7 +69,8 @@ CLUSTER_ON = ("log", "observed")
 THRESHOLDS = (0.0, 0.5)
 #: The dial; the number of genes comes last.
 REC_WEIGHTS = (1, 3, 10, 30, 100, 300)
-STARTS = ("ours", "published")
+ONE, PUBLISHED = "one component", "published start"
+FORMS = ("mixture", ONE, PUBLISHED)
 PROGRAMMES = (0.0, 0.5, 1.0)
 ABLATION_SEEDS = 3
 N_DRAWS = 20
@@ -416,15 +416,16 @@ def models(lab: Lab, args: argparse.Namespace) -> Rows:
 def dial(lab: Lab, args: argparse.Namespace) -> Rows:
     """Return what becomes of code and reconstruction as its weight grows.
 
-    Two phases of the published length and no third, from two starts: this book's,
-    and the published one of weights and of the code's variance.
+    Two phases and no third, in three forms: as everywhere in this book; with one
+    component in place of a mixture; and from the published start of weights and of the
+    code's variance, with the published number of epochs.
     """
     n_genes = lab.puzzle.cells.n_vars
     weights = [weight for weight in REC_WEIGHTS if weight < n_genes]
     rows: Rows = []
-    for start in STARTS:
+    for form in FORMS:
         for weight in [*weights, n_genes]:
-            rows.append({"start": start, **code_of(lab, float(weight), start=start)})
+            rows.append({"form": form, **code_of(lab, float(weight), form=form)})
             print(args.dataset, rows[-1], flush=True)
     return rows
 
@@ -440,17 +441,20 @@ def ablation(lab: Lab, args: argparse.Namespace) -> Rows:
 
 
 def code_of(
-    lab: Lab, rec_weight: float, start: str = "", **weights: float
+    lab: Lab, rec_weight: float, form: str = "", **weights: float
 ) -> dict[str, Any]:
     """Return one fit's code, reconstruction and completed matrix, in numbers."""
     p = lab.puzzle
     options: dict[str, Any] = {"rec_weight": rec_weight, "valid_share": 0.0, **weights}
-    if start:
-        long = ScGACLConfig.profile("paper")
-        options |= {"pre_epoch": long.pre_epoch, "vaeepoch": long.vaeepoch, "epoch": 0}
-    if start == "published":
-        options |= {"init_sd": ScGACLConfig.published().init_sd, "shuffle": False}
-    kind = published.ScGACLAsPublished if start == "published" else ScGACL
+    kind: type[ScGACL] = ScGACL
+    if form:
+        options["epoch"] = 0
+    if form == ONE:
+        options["n_cluster"] = 1
+    if form == PUBLISHED:
+        kind, long = published.ScGACLAsPublished, ScGACLConfig.published()
+        names = ("pre_epoch", "vaeepoch", "init_sd", "shuffle")
+        options |= {name: getattr(long, name) for name in names}
     model = lab.fit(kind=kind, **options)
     decoded = layer(imputed_by(model, p.cells, keep_observed=False), p.cells)
     between, within = variances(decoded, p.types)
@@ -686,7 +690,7 @@ def short(value: Any) -> Any:
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """Return what names a row, so that a second run replaces it."""
     names = ("seed", "arm", "told", "draws", "rec_weight", "drop_threshold")
-    names += ("cluster_on", "programmes", "lambda_g_adv", "lambda_simcl", "start")
+    names += ("cluster_on", "programmes", "lambda_g_adv", "lambda_simcl", "form")
     return tuple(row.get(name) for name in (*names, "lambda_supcl"))
 
 

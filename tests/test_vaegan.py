@@ -369,7 +369,8 @@ def test_share_of_generated():
 # 11: the counts, where they are used.
 @pytest.mark.parametrize(
     ("share", "n", "expected"),
-    [(0.1, 32, 3), (0.19, 32, 6), (0.91, 32, 29), (0.1 + 9 * 10 / 100, 32, 32)],
+    # 0.1 + 0.09 + 0.09 + ... is a little less than 1, and 0.29 x 100 than 29.
+    [(0.1, 32, 3), (0.91, 32, 29), (1 - 2**-53, 32, 32), (0.29, 100, 29)],
 )
 def test_number_of_reconstructions(monkeypatch, share, n, expected):
     seen = []
