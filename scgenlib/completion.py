@@ -70,6 +70,9 @@ def log_counts(adata: ad.AnnData, target_sum: float | None = None) -> LogCounts:
     if counts.nnz and not counts.data.all():  # a stored zero was not observed
         counts = counts.copy()
         counts.eliminate_zeros()
+    if not np.array_equal(counts.data, np.rint(counts.data)):
+        found, do = "values that are not whole", "Give raw counts, not logarithms."
+        raise DataError(message("Imputation starts from counts", found=found, do=do))
     # Totals of read counts pass the whole numbers that float32 holds exactly.
     totals = np.asarray(counts @ np.ones(counts.shape[1]), dtype=np.float64)
     if target_sum is None:
@@ -207,6 +210,7 @@ def write(
     path: str | Path,
     about: Mapping[str, Any],
     sd: bool = False,
+    keep_observed: bool = True,
 ) -> Path:
     """Write a completed matrix block by block; it is never in memory as a whole.
 
@@ -239,7 +243,7 @@ def write(
         allowed = "a name that ends in .h5ad or .csv"
         raise OutputError(message("to", found=path.name, allowed=allowed))
     with atomic(path, "The imputed matrix cannot be written") as part:
-        writers[path.suffix](adata, blocks, log, part, about, sd)
+        writers[path.suffix](adata, blocks, log, part, about, sd, keep_observed)
     return path
 
 
@@ -250,6 +254,7 @@ def _write_h5ad(
     path: Path,
     about: Mapping[str, Any],
     sd: bool,
+    keep_observed: bool,
 ) -> None:
     import h5py
 
@@ -259,6 +264,10 @@ def _write_h5ad(
         obs=adata.obs,
         var=adata.var,
         layers={name: adata.layers[name] for name in adata.layers},
+        obsm=dict(adata.obsm),
+        varm=dict(adata.varm),
+        obsp=dict(adata.obsp),
+        varp=dict(adata.varp),
         uns={**adata.uns, "scgenlib": {**about, "target_sum": log.target}},
     )
     shell.write_h5ad(path)
@@ -276,8 +285,8 @@ def _write_h5ad(
             made[name].attrs["encoding-version"] = "0.2.0"
         for rows, values, deviation in blocks:
             made["imputed"][rows] = values
-            raw = to_counts(values, log, adata.layers["counts"], rows)
-            made["imputed_counts"][rows] = raw
+            kept = adata.layers["counts"] if keep_observed else None
+            made["imputed_counts"][rows] = to_counts(values, log, kept, rows)
             if deviation is not None:
                 made["imputed_sd"][rows] = deviation
 
@@ -289,6 +298,7 @@ def _write_csv(
     path: Path,
     about: Mapping[str, Any],
     sd: bool,
+    keep_observed: bool,
 ) -> None:
     import pandas as pd
 

@@ -24,7 +24,14 @@ from scipy.special import digamma, gammaln, polygamma
 from scgenlib.errors import ConfigError, DataError, message
 from scgenlib.preprocess import value_scale
 
-__all__ = ["dropout_probability", "fit_mixtures", "fraction_of_zeros"]
+__all__ = [
+    "Entries",
+    "dropout_mixtures",
+    "dropout_probability",
+    "expect_log",
+    "fit_mixtures",
+    "fraction_of_zeros",
+]
 
 Parameters = tuple[np.ndarray, ...]
 Expect = Callable[["Entries", Parameters], tuple[np.ndarray, np.ndarray]]
@@ -35,19 +42,34 @@ _BLOCK = 500
 _MAX_SHAPE = 20.0
 
 
-def dropout_probability(
+def dropout_probability(counts: Any, groups: Any, **options: Any) -> pd.DataFrame:
+    """Return the probability that a zero of a gene in a group is a dropout.
+
+    All zeros of one gene in one group are the same number, so they share one
+    probability: it is a table of genes by groups and cannot differ between cells.
+
+    Parameters
+    ----------
+    counts, groups, **options
+        See `dropout_mixtures`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Genes (rows, by position) x groups (sorted names), 0 to 1.
+    """
+    return dropout_mixtures(counts, groups, **options)[0]
+
+
+def dropout_mixtures(
     counts: Any,
     groups: Any,
     *,
     max_zeros: float = 0.95,
     min_mean: float = 1e-2,
-    return_parameters: bool = False,
     **options: Any,
-) -> pd.DataFrame | tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the probability that a zero of a gene in a group is a dropout.
-
-    All zeros of one gene in one group are the same number, so they share one
-    probability: it is a table of genes by groups and cannot differ between cells.
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the probabilities of `dropout_probability` and the fits behind them.
 
     Parameters
     ----------
@@ -60,15 +82,15 @@ def dropout_probability(
         too little to tell a dropout from silence, and its probability is 0.
     min_mean
         Nor is a gene whose mean of L lies this close to that of a zero.
-    return_parameters
-        Also return the fitted mixtures, see `fit_mixtures`.
     **options
         Passed to `fit_mixtures`.
 
     Returns
     -------
-    pandas.DataFrame
+    probability : pandas.DataFrame
         Genes (rows, by position) x groups (sorted names), 0 to 1.
+    mixtures : pandas.DataFrame
+        The fits by gene and group, see `fit_mixtures`.
 
     Raises
     ------
@@ -105,8 +127,6 @@ def dropout_probability(
         parts.append(table["p_zero"].to_numpy().reshape(width, n_groups))
         fitted.append(table)
     p = pd.DataFrame(np.concatenate(parts), columns=known)
-    if not return_parameters:
-        return p
     where = [range(n_genes), known]
     index = pd.MultiIndex.from_product(where, names=["gene", "group"])
     return p, pd.concat(fitted).set_axis(index)

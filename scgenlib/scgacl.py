@@ -10,6 +10,7 @@ dropouts is decided in `scgenlib.dropout`, a completed matrix is put together in
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -72,8 +73,11 @@ class ScGACLConfig(Config):
         "tiny": {
             "n_genes": 200,
             "pre_epoch": 4,
+            "pre_lr": 1e-2,
             "vaeepoch": 4,
+            "vaelr": 1e-2,
             "epoch": 3,
+            "lr": 3e-3,
             "en_size": (32, 16),
             "de_size": (16, 32),
             "di_size": (32, 16),
@@ -202,6 +206,15 @@ class ScGACL(Estimator):
         log = completion.log_counts(adata, c.target_sum)
         # A cell without any of the chosen genes teaches nothing; it can be imputed.
         kept = log.totals > 0
+        if kept.sum() < 2:
+            raise DataError(
+                message(
+                    "Too few cells have counts of the chosen genes",
+                    found=int(kept.sum()),
+                    allowed="at least 2",
+                    do="Raise n_genes, or leave it at None for all genes.",
+                )
+            )
         self._X = log.values[kept]
         counts = sparse.csr_matrix(adata.layers["counts"])[kept]
         labels = None
@@ -222,6 +235,8 @@ class ScGACL(Estimator):
         groups = clusters if groups is None else groups
         assert groups is not None
         table = dropout_probability(counts, groups, max_zeros=c.max_zeros)
+        if groups is labels:
+            table = table.reindex(columns=self.labels_, fill_value=0.0)
         self.facts_["by_label"] = groups is labels
         self.facts_["groups"] = list(table.columns)
         self.arrays_["table"] = torch.from_numpy(table.to_numpy(np.float32))
@@ -308,7 +323,7 @@ class ScGACL(Estimator):
             return
         lost = self.np_rng_.random(self._X.nnz) < self.config.valid_share
         entry = self._X.astype(bool)  # a copy, so that its zeros can be dropped
-        entry.data = lost
+        entry.data = lost.copy()  # its zeros are dropped in place
         entry.eliminate_zeros()
         at = entry[self._watched].tocoo()
         values = np.asarray(self._X[self._watched[at.row], at.col]).ravel()
@@ -341,15 +356,10 @@ class ScGACL(Estimator):
         phases = []
         for name, epochs, size, rate, step in plan:
             n = self._n_batches(size)
-            phases.append(
-                Phase(
-                    name,
-                    epochs * n,
-                    lambda i, step=step, name=name, n=n: self._watch(name, i, n, step),
-                    lambda rate=rate: self._begin(rate),
-                    lambda name=name: self._end(name),
-                )
-            )
+            watched = functools.partial(self._watch, name, n, step)
+            begin = functools.partial(self._begin, rate)
+            end = functools.partial(self._end, name)
+            phases.append(Phase(name, epochs * n, watched, begin, end))
         return phases
 
     def _n_batches(self, size: int) -> int:
@@ -410,7 +420,7 @@ class ScGACL(Estimator):
         weight = self.config.rec_weight
         return float(self.sizes_["n_genes"]) if weight is None else weight
 
-    def _watch(self, name: str, step: int, n: int, update: Any) -> dict[str, Tensor]:
+    def _watch(self, name: str, n: int, update: Any, step: int) -> dict[str, Tensor]:
         """Make one update and, after an epoch, look at cells that are watched."""
         terms = update(step, n)
         if step % n == n - 1:
@@ -463,6 +473,7 @@ class ScGACL(Estimator):
         if value is None or value >= self.facts_.get("best_value", math.inf):
             return
         self.facts_.update(best_value=value, best_epoch=epoch)
+        self.facts_["best_seen"] = [self.facts_["spread"], self.facts_["components"]]
         for key, tensor in self._nets.state_dict().items():
             self.arrays_[f"best/{key}"] = tensor.detach().cpu().clone()
 
@@ -478,6 +489,8 @@ class ScGACL(Estimator):
             self._nets.load_state_dict(state)
             self.facts_[f"epoch_{name}"] = self.facts_.pop("best_epoch")
             self.facts_[f"valid_rmse_{name}"] = self.facts_.pop("best_value")
+            spread, components = self.facts_.pop("best_seen")
+            self.facts_.update(spread=spread, components=components)
         self.arrays_.pop("order", None)
         if name == "pre":
             self._start_mixture()
@@ -680,7 +693,9 @@ class ScGACL(Estimator):
         about = self.provenance(verb="impute", n_draws=n_draws, impute_seed=seed)
         blocks = self._blocks(log, groups, n_draws, seed, keep_observed)
         if to is not None:
-            return completion.write(own, blocks, log, to, about, sd=n_draws > 0)
+            return completion.write(
+                own, blocks, log, to, about, n_draws > 0, keep_observed
+            )
         return completion.completed(own, blocks, log, about, keep_observed)
 
     @torch.no_grad()
@@ -701,11 +716,11 @@ class ScGACL(Estimator):
             mean, log_variance = encoder(minibatch(log.values, rows, self.device_))
             sd = None
             if n_draws:
-                total = square = torch.zeros(())
+                total, square = torch.zeros((), device=self.device_), torch.zeros(())
                 for _ in range(n_draws):
                     noise = torch.randn(mean.shape, generator=rng, device=self.device_)
                     made = decoder(mean + (0.5 * log_variance).exp() * noise)
-                    total, square = total + made, square + made.double().square()
+                    total, square = total + made, square + made.cpu().double().square()
                 filled = (total / n_draws).cpu().numpy()
                 spread = (square / n_draws).cpu().numpy() - filled.astype(float) ** 2
                 sd = np.sqrt(np.maximum(spread, 0)).astype(np.float32)

@@ -125,6 +125,10 @@ class Discriminator(nn.Module):
         self.cell_projection = nn.Linear(hidden[-1], sizes[0])
         self.type_projection = nn.Linear(hidden[-1], sizes[1])
 
+    def is_real(self, x: Tensor) -> Tensor:
+        """Return the logits of the first last layer alone, (n_cells, 1)."""
+        return self.head(self.trunk(x))
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (n_cells, 1) and two projections of (n_cells, n_genes)."""
         h = self.trunk(x)
@@ -173,9 +177,9 @@ def elbo_step(
     rng
         Source of the noise.
     """
-    z, mean, log_variance = nets["encoder"].sample(x, rng)
+    z, mean, log_variance = cast(Encoder, nets["encoder"]).sample(x, rng)
     rec = masked_mse(x, nets["decoder"](z))
-    kl = mixture_kl(mean, log_variance, z, *nets["prior"].parts())
+    kl = mixture_kl(mean, log_variance, z, *cast(MixturePrior, nets["prior"]).parts())
     names = ("encoder", "decoder", "prior")
     update(rec_weight * rec + kl, [optimisers[name] for name in names])
     return {"rec": rec.detach(), "kl": kl.detach()}
@@ -199,14 +203,14 @@ def generator_step(
     weight: float = 1.0,
 ) -> Tensor:
     """One update of encoder and decoder: D shall take the reconstruction for real."""
-    trunk, head = nets["discriminator"].trunk, nets["discriminator"].head
+    critic = cast(Discriminator, nets["discriminator"])
     # D passes the gradient on and learns nothing, so its weights need none.
-    nets["discriminator"].requires_grad_(False)
-    z, _, _ = nets["encoder"].sample(x, rng)
+    critic.requires_grad_(False)
+    z, _, _ = cast(Encoder, nets["encoder"]).sample(x, rng)
     _, made = seen_by(kind, x, nets["decoder"](z))
-    loss = _soft_bce(head(trunk(made)), 0.9, 1.0, rng)
+    loss = _soft_bce(critic.is_real(made), 0.9, 1.0, rng)
     update(weight * loss, [optimisers["encoder"], optimisers["decoder"]])
-    nets["discriminator"].requires_grad_(True)
+    critic.requires_grad_(True)
     return loss.detach()
 
 
@@ -219,9 +223,9 @@ def discriminator_step(
     weight: float = 1.0,
 ) -> Tensor:
     """One update of D: tell cells from their reconstructions."""
-    trunk, head = nets["discriminator"].trunk, nets["discriminator"].head
-    loss = _soft_bce(head(trunk(real)), 0.9, 1.0, rng)
-    loss = loss + _soft_bce(head(trunk(made.detach())), 0.0, 0.1, rng)
+    critic = cast(Discriminator, nets["discriminator"])
+    loss = _soft_bce(critic.is_real(real), 0.9, 1.0, rng)
+    loss = loss + _soft_bce(critic.is_real(made.detach()), 0.0, 0.1, rng)
     update(weight * loss, [optimisers["discriminator"]])
     return loss.detach()
 
@@ -317,7 +321,7 @@ def joint_step(
         return terms
     # D's update changes neither encoder nor decoder: one pass serves what is left.
     with torch.set_grad_enabled(bool(w_cell or w_type)):
-        z, _, _ = nets["encoder"].sample(x, rng)
+        z, _, _ = cast(Encoder, nets["encoder"]).sample(x, rng)
         real, made = seen_by(kind, x, nets["decoder"](z))
     if w_adv:
         loss = discriminator_step(nets, optimisers, real, made, rng, w_adv)

@@ -12,7 +12,12 @@ from scipy.optimize import brentq
 from scipy.special import digamma
 
 from scgenlib import datasets, dropout, published
-from scgenlib.dropout import dropout_probability, fit_mixtures, fraction_of_zeros
+from scgenlib.dropout import (
+    dropout_mixtures,
+    dropout_probability,
+    fit_mixtures,
+    fraction_of_zeros,
+)
 from scgenlib.errors import ConfigError, DataError
 from scgenlib.simulate import simulate
 
@@ -112,9 +117,7 @@ def test_a_fit_goes_on_until_it_stops_moving(rate):
 def test_many_fits_at_once_are_the_same_as_one_by_one():
     counts = draw(240, 50)
     groups = np.resize(["b", "a", "d", "c"], 240)
-    p, table = dropout_probability(
-        sp.csr_matrix(counts), groups, max_zeros=1, min_mean=0, return_parameters=True
-    )
+    p, table = dropout_mixtures(sp.csr_matrix(counts), groups, max_zeros=1, min_mean=0)
     assert p.shape == (50, 4) and list(p.columns) == ["a", "b", "c", "d"]
     assert table.shape == (200, 7)
     steps, compared = [], 0
@@ -215,9 +218,7 @@ def test_fraction_of_zeros():
 
 def test_small_groups_and_empty_genes_are_finite():
     counts = np.array([[0, 3, 0, 9], [5, 0, 0, 0], [2, 1, 0, 0], [0, 2, 0, 0]])
-    p, table = dropout_probability(
-        counts, ["alone", "a", "a", "a"], max_zeros=1, return_parameters=True
-    )
+    p, table = dropout_mixtures(counts, ["alone", "a", "a", "a"], max_zeros=1)
     assert np.isfinite(table.to_numpy()).all()
     assert ((p >= 0) & (p <= 1)).all(axis=None)
     assert (p.loc[2] == 0).all() and p.loc[0, "alone"] == 0
@@ -249,15 +250,15 @@ def far():
 # 14: a value of which both densities are 0.
 def test_densities_of_zero_have_no_share(far):
     groups = ["a"] * len(far)
-    options = {"min_sd": 0.0, "start_rate": 0.01, "return_parameters": True}
-    p, table = dropout_probability(far, groups, **options)
+    options = {"min_sd": 0.0, "start_rate": 0.01}
+    p, table = dropout_mixtures(far, groups, **options)
     # On the log scale the one count is nearer to the Gamma part, with the zeros.
     assert p.loc[0, "a"] > 0.999
     assert table["rate"].item() == pytest.approx(4001 / 4601, abs=1e-6)
     assert table["sd"].item() == pytest.approx(0.004926, abs=1e-6)
     # Plain densities leave it to the Normal part, whatever that makes of it.
     options["expect"] = published.plain_densities
-    _, table = dropout_probability(far, groups, **options)
+    _, table = dropout_mixtures(far, groups, **options)
     assert table["rate"].item() == pytest.approx(4000 / 4601, abs=1e-6)
     assert table["sd"].item() == pytest.approx(0.159925, abs=1e-6)
 
@@ -267,7 +268,7 @@ def test_a_gene_of_one_count_has_no_share_as_published():
     counts = np.repeat([0, 7], [50, 40])[:, None]
     groups = ["a"] * 90
     assert published.scgacl_dropout(counts, groups).loc[0, "a"] == 0
-    p, table = dropout_probability(counts, groups, return_parameters=True)
+    p, table = dropout_mixtures(counts, groups)
     assert p.loc[0, "a"] > 0.999 and table["sd"].item() == 0.01
     assert table["rate"].item() == pytest.approx(50 / 90, abs=1e-6)
     assert np.isfinite(table.to_numpy()).all()
