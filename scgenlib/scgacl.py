@@ -516,7 +516,9 @@ class ScGACL(Estimator):
         with warnings.catch_warnings():
             # A start need not have converged.
             warnings.simplefilter("ignore")
-            found = GaussianMixture(n, random_state=seed, **options).fit(codes)
+            found = GaussianMixture(n, random_state=seed, **options).fit(
+                codes.astype(np.float64)
+            )
         prior.logits.copy_(torch.from_numpy(found.weights_).log())
         prior.centres.copy_(torch.from_numpy(found.means_))
         prior.log_variance.copy_(torch.from_numpy(found.covariances_).log())
