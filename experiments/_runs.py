@@ -64,7 +64,9 @@ def add(
         if path.is_file():
             old = json.loads(path.read_text())
             made = old["provenance"]
-            if old["config"] == config.to_dict() and same.items() <= made.items():
+            fits = old["config"] == config.to_dict() and same.items() <= made.items()
+            # Rows that other code made stand beside no new ones.
+            if fits and made["code_hash"] == records.code_hash(made["modules"]):
                 new = {key_of(row) for row in rows}
                 rows = [row for row in old["rows"] if key_of(row) not in new] + rows
                 rows.sort(key=lambda row: row["seed"])

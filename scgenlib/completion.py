@@ -66,10 +66,7 @@ def log_counts(adata: ad.AnnData, target_sum: float | None = None) -> LogCounts:
     if "counts" not in adata.layers:
         do = "Use data with counts."
         raise DataError(message("Imputation starts from counts", found="none", do=do))
-    counts = sp.csr_matrix(adata.layers["counts"])
-    if counts.nnz and not counts.data.all():  # a stored zero was not observed
-        counts = counts.copy()
-        counts.eliminate_zeros()
+    counts = _canonical(adata.layers["counts"])
     if not np.array_equal(counts.data, np.rint(counts.data)):
         found, do = "values that are not whole", "Give raw counts, not logarithms."
         raise DataError(message("Imputation starts from counts", found=found, do=do))
@@ -79,6 +76,16 @@ def log_counts(adata: ad.AnnData, target_sum: float | None = None) -> LogCounts:
         seen = totals[totals > 0]
         target_sum = float(np.median(seen)) if len(seen) else 1.0
     return LogCounts(normalise(counts, target_sum), totals, float(target_sum))
+
+
+def _canonical(counts: Any) -> sp.csr_matrix:
+    """Return counts with one entry a place and none of 0: that was not observed."""
+    out = sp.csr_matrix(counts)
+    if out.nnz and not (out.has_canonical_format and out.data.all()):
+        out = out.copy()
+        out.sum_duplicates()
+        out.eliminate_zeros()
+    return out
 
 
 def assemble(
@@ -128,8 +135,7 @@ def to_counts(
     out = (np.expm1(values) * scale).astype(np.float32)
     if counts is None:
         return out
-    raw = sp.csr_matrix(counts[rows])
-    raw.eliminate_zeros()
+    raw = _canonical(counts[rows])
     at = np.repeat(np.arange(raw.shape[0]), np.diff(raw.indptr))
     out[at, raw.indices] = raw.data
     return out
@@ -162,8 +168,9 @@ def completed(
     -------
     AnnData
         ``layers["imputed"]`` on the log scale and ``layers["imputed_counts"]`` on
-        that of counts, and ``layers["imputed_sd"]`` where deviations were given;
-        CSR where under half of the imputed entries are above 0.
+        that of counts (all 0 in a cell without a count, whose depth is 0), and
+        ``layers["imputed_sd"]`` where deviations were given; CSR where under half of
+        the imputed entries are above 0.
 
     Raises
     ------
@@ -175,9 +182,10 @@ def completed(
     made["imputed_counts"] = np.empty(adata.shape, np.float32)
     if isinstance(blocks, np.ndarray):
         blocks = [(slice(0, adata.n_obs), blocks.astype(np.float32), None)]
+    # Once: a layer of a view is cut out anew at each access.
+    counts = sp.csr_matrix(adata.layers["counts"]) if keep_observed else None
     for rows, values, sd in blocks:
         made["imputed"][rows] = values
-        counts = adata.layers["counts"] if keep_observed else None
         made["imputed_counts"][rows] = to_counts(values, log, counts, rows)
         if sd is not None:
             made.setdefault("imputed_sd", np.zeros(adata.shape, np.float32))[rows] = sd
@@ -258,12 +266,13 @@ def _write_h5ad(
 ) -> None:
     import h5py
 
-    # The parts are those of `adata`: nothing is copied for writing.
+    counts = sp.csr_matrix(adata.layers["counts"]) if keep_observed else None
+    # Of an AnnData that is no view, nothing is copied for writing.
     shell = ad.AnnData(
         adata.X,
         obs=adata.obs,
         var=adata.var,
-        layers={name: adata.layers[name] for name in adata.layers},
+        layers={k: v for k, v in adata.layers.items() if not k.startswith("imputed")},
         obsm=dict(adata.obsm),
         varm=dict(adata.varm),
         obsp=dict(adata.obsp),
@@ -285,8 +294,7 @@ def _write_h5ad(
             made[name].attrs["encoding-version"] = "0.2.0"
         for rows, values, deviation in blocks:
             made["imputed"][rows] = values
-            kept = adata.layers["counts"] if keep_observed else None
-            made["imputed_counts"][rows] = to_counts(values, log, kept, rows)
+            made["imputed_counts"][rows] = to_counts(values, log, counts, rows)
             if deviation is not None:
                 made["imputed_sd"][rows] = deviation
 

@@ -67,6 +67,7 @@ def dropout_mixtures(
     *,
     max_zeros: float = 0.95,
     min_mean: float = 1e-2,
+    min_cells: int = 3,
     **options: Any,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the probabilities of `dropout_probability` and the fits behind them.
@@ -82,6 +83,8 @@ def dropout_mixtures(
         too little to tell a dropout from silence, and its probability is 0.
     min_mean
         Nor is a gene whose mean of L lies this close to that of a zero.
+    min_cells
+        Nor is any gene in a group of fewer cells.
     **options
         Passed to `fit_mixtures`.
 
@@ -122,7 +125,11 @@ def dropout_mixtures(
         total = np.bincount(seg, weight * np.log(PSEUDO + count), width * n_groups)
         zero = np.log(PSEUDO)
         mean = (total + (n_all - n_seen) * zero) / n_all
-        fit = (mean - zero >= min_mean) & (n_all - n_seen <= max_zeros * n_all)
+        fit = (
+            (n_all >= min_cells)
+            & (mean - zero >= min_mean)
+            & (n_all - n_seen <= max_zeros * n_all)
+        )
         table = fit_mixtures(seg, count, weight, n_all, fit=fit, **options)
         parts.append(table["p_zero"].to_numpy().reshape(width, n_groups))
         fitted.append(table)

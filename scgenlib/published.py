@@ -345,6 +345,8 @@ class ScGACLAsPublished(ScGACL):
     or of vanishing variance.
     """
 
+    method = "scgacl-as-published"
+
     @torch.no_grad()
     def _start_mixture(self) -> None:
         super()._start_mixture()

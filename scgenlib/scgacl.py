@@ -48,6 +48,8 @@ __all__ = ["CollapseWarning", "ScGACL", "ScGACLConfig"]
 
 #: Cells that the checks between epochs look at.
 _WATCHED = 2000
+#: Cells on which preliminary clusters are found; all others go to the nearest one.
+_CLUSTERED = 20_000
 
 
 class CollapseWarning(UserWarning):
@@ -61,8 +63,9 @@ class CollapseWarning(UserWarning):
 class ScGACLConfig(Config):
     """Every setting of scGACL, under its published name in lower case.
 
-    GENENUM is counted from the data, N_CLASS from the labels; CUDA and DEVICE are the
-    argument `device`. Six settings depart from the published code, in ``paper`` too:
+    GENENUM is `n_genes`, at most that many; N_CLASS is counted from the labels; CUDA
+    and DEVICE are the argument `device`. Six settings depart from the published code,
+    in ``paper`` too:
     `rec_weight` (published: 1), because at 1 the code collapses; `init_sd` (0.02),
     at which training hardly starts; `shuffle` (False); `cluster_on` ("log");
     `valid_share` (0); and `max_zeros`, stated as here, but without effect there (1).
@@ -81,7 +84,6 @@ class ScGACLConfig(Config):
             "en_size": (32, 16),
             "de_size": (16, 32),
             "di_size": (32, 16),
-            "valid_share": 0.05,
         },
         "book": {
             "n_genes": 2000,
@@ -114,7 +116,7 @@ class ScGACLConfig(Config):
     patience: int = option(10, "epochs without a better held-out error", low=1)
     # Which zeros to fill.
     drop_threshold: float = option(
-        0.5, "fill zeros from this probability on; 0 fills all", low=0
+        0.5, "fill zeros from this probability on; 0 fills all", low=0, high=1
     )
     max_zeros: float = option(
         0.95, "genes with a larger share of zeros in a group stay", low=0, high=1
@@ -133,8 +135,8 @@ class ScGACLConfig(Config):
     )
     discriminator_input: str = option(
         "reconstruction",
-        "what D compares with the cells: the reconstruction, that with the cell's own"
-        " zeros, or cells completed by it",
+        "what D sees: cells and reconstructions; these with the cells' own zeros"
+        " (masked); or cells whose zeros were filled by them (completed)",
         choices=("reconstruction", "masked", "completed"),
     )
     # The training: pre-training, phase 1 (VaDE), phase 2 (all losses).
@@ -162,7 +164,11 @@ class ScGACLConfig(Config):
 
     @classmethod
     def published(cls, profile: str = "paper", **overrides: Any) -> Self:
-        """Return what the published code runs (Hhjyl/scGACL, commit 6d4d2dd)."""
+        """Return the published settings (Hhjyl/scGACL, commit 6d4d2dd).
+
+        What the code does besides, without a setting, stands in `scgenlib.published`:
+        `ScGACLAsPublished` (start of the variance) and `scgacl_dropout` (the table).
+        """
         form: dict[str, Any] = {
             "rec_weight": 1.0,
             "shuffle": False,
@@ -290,17 +296,20 @@ class ScGACL(Estimator):
         from sklearn.cluster import KMeans
 
         X = self._for_clusters(self._X)
-        rows = self.np_rng_.permutation(X.shape[0])[: 10 * _WATCHED]
-        pca = fit_pca(X[np.sort(rows)], 50, self.seed)
-        self.arrays_["pca_axes"] = torch.from_numpy(pca.components_.astype(np.float32))
+        rows = np.sort(self.np_rng_.permutation(X.shape[0])[:_CLUSTERED])
+        pca = fit_pca(X[rows], 50, self.seed)
+        axes = pca.components_.T.astype(np.float32)
         # The mean is subtracted after the projection: X stays sparse.
-        centre = pca.mean_.astype(np.float32) @ pca.components_.T.astype(np.float32)
-        points = X @ pca.components_.T.astype(np.float32) - centre
-        means = KMeans(n_clusters, n_init=10, random_state=self.seed).fit(points)
-        self.arrays_["cluster_centres"] = torch.from_numpy(
-            (means.cluster_centers_ + centre).astype(np.float32)
-        )
-        return _cluster_names(means.labels_, n_clusters)
+        centre = pca.mean_.astype(np.float32) @ axes
+        points = X @ axes - centre
+        means = KMeans(n_clusters, n_init=10, random_state=self.seed % 2**32)
+        labels = means.fit(points[rows]).predict(points)
+        # Fewer distinct cells than clusters leave some empty.
+        used, labels = np.unique(labels, return_inverse=True)
+        centres = (means.cluster_centers_[used] + centre).astype(np.float32)
+        self.arrays_["pca_axes"] = torch.from_numpy(axes.T.copy())
+        self.arrays_["cluster_centres"] = torch.from_numpy(centres)
+        return _cluster_names(labels, len(used))
 
     def _for_clusters(self, X: sparse.csr_matrix) -> sparse.csr_matrix:
         """Return the values on which preliminary clusters are found.
@@ -321,14 +330,15 @@ class ScGACL(Estimator):
         self._valid: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         if not self.config.valid_share:
             return
-        lost = self.np_rng_.random(self._X.nnz) < self.config.valid_share
-        entry = self._X.astype(bool)  # a copy, so that its zeros can be dropped
-        entry.data = lost.copy()  # its zeros are dropped in place
-        entry.eliminate_zeros()
-        at = entry[self._watched].tocoo()
-        values = np.asarray(self._X[self._watched[at.row], at.col]).ravel()
-        self._valid = at.row, at.col, values
-        self._X.data[lost] = 0
+        # Only of the cells that are watched: nobody looks at the others.
+        rows = self._X[self._watched]
+        lost = self.np_rng_.random(rows.nnz) < self.config.valid_share
+        cell = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+        emptied = np.bincount(cell, ~lost, rows.shape[0]) == 0
+        lost[rows.indptr[:-1][emptied]] = False  # every cell keeps an entry
+        self._valid = cell[lost], rows.indices[lost], rows.data[lost]
+        begins = self._X.indptr[self._watched] - rows.indptr[:-1]
+        self._X.data[np.flatnonzero(lost) + begins[cell[lost]]] = 0
         self._X.eliminate_zeros()
 
     def _build(self) -> None:
@@ -384,7 +394,11 @@ class ScGACL(Estimator):
                 rng, device = self.rng_, self.device_
                 order = torch.randperm(n, generator=rng, device=device).cpu()
             self.arrays_["order"] = order
-        rows = self.arrays_["order"].tensor_split(n_batches)[step % n_batches]
+        # Batch b of n_batches; the first ones have a cell more if they must.
+        size, more = divmod(self._X.shape[0], n_batches)
+        b = step % n_batches
+        begin = b * size + min(b, more)
+        rows = self.arrays_["order"][begin : begin + size + (b < more)]
         x = minibatch(self._X, rows.numpy(), self.device_)
         return x, self.arrays_["codes"][rows].to(self.device_)
 
@@ -470,7 +484,8 @@ class ScGACL(Estimator):
 
     def _keep_if_best(self, value: float | None, epoch: int) -> None:
         """Keep the weights of the epoch with the lowest held-out error."""
-        if value is None or value >= self.facts_.get("best_value", math.inf):
+        # Not >=: an error that is no number is never the best.
+        if value is None or not value < self.facts_.get("best_value", math.inf):
             return
         self.facts_.update(best_value=value, best_epoch=epoch)
         self.facts_["best_seen"] = [self.facts_["spread"], self.facts_["components"]]
@@ -492,6 +507,14 @@ class ScGACL(Estimator):
             spread, components = self.facts_.pop("best_seen")
             self.facts_.update(spread=spread, components=components)
         self.arrays_.pop("order", None)
+        if not all(part.isfinite().all() for part in self._nets.state_dict().values()):
+            raise DataError(
+                message(
+                    f"Training diverged in phase {name!r}",
+                    found="weights that are no numbers",
+                    do="Lower the learning rate of this phase.",
+                )
+            )
         if name == "pre":
             self._start_mixture()
         elif self.facts_.get("spread", 1.0) < 0.01:
@@ -549,7 +572,7 @@ class ScGACL(Estimator):
     def _own(self, adata: AnnData) -> tuple[AnnData, completion.LogCounts]:
         """Return cells on the genes and the scale of the model."""
         # Fitted, or being fitted: callbacks impute on the way.
-        if "table" not in getattr(self, "arrays_", {}):
+        if not hasattr(self, "_nets"):
             self._check_fitted()
         names = pd.Index(self.genes_)
         absent = names.difference(adata.var_names)
@@ -581,7 +604,8 @@ class ScGACL(Estimator):
         codes = groups.get_indexer(labels)
         if (codes < 0).any():
             new = labels[codes < 0].iloc[0]
-            raise unknown("cell type", new, groups, error=DataError)
+            do = "Drop such cells, or fit with label_key=None."
+            raise unknown("cell type", new, groups, do=do, error=DataError)
         return codes
 
     def dropout_mask(self, adata: AnnData) -> sparse.csr_matrix:
@@ -599,6 +623,7 @@ class ScGACL(Estimator):
             a gene is zero: `dropout_table` has the probabilities.
         """
         own, log = self._own(adata)
+        completion.check_size(own.shape)
         groups = self._group_codes(own, log.values)
         blocks = []
         for rows in self._slices(own.n_obs):
@@ -639,7 +664,9 @@ class ScGACL(Estimator):
         Z = self._codes_of(log.values)
         prior = cast(MixturePrior, self.modules_["prior"])
         with torch.no_grad():
-            shares = prior.shares(torch.from_numpy(Z).to(self.device_)).cpu().numpy()
+            parts = torch.from_numpy(Z).split(1024)
+            found = [prior.shares(z.to(self.device_)).cpu().numpy() for z in parts]
+        shares = np.concatenate(found)
         out = AnnData(Z, obs=own.obs.copy(), obsm={"shares": shares})
         out.var_names = [f"z{i}" for i in range(Z.shape[1])]
         out.obs["component"] = pd.Categorical(shares.argmax(1).astype(str))
@@ -667,7 +694,8 @@ class ScGACL(Estimator):
             of the code, fills in their mean and returns their standard deviation: it
             is the doubt about the code, not about a count.
         seed
-            Of the draws; the model's own by default.
+            Of the draws; the model's own by default. The draws of a cell depend on the
+            cells that come with it.
         keep_observed
             False returns the decoder's value for every entry, zeros or not.
         to
@@ -711,31 +739,29 @@ class ScGACL(Estimator):
     ) -> Iterator[completion.Block]:
         """Yield rows, their completed values and, with draws, the deviations."""
         encoder, decoder = self.modules_["encoder"], self.modules_["decoder"]
-        was_training = encoder.training
-        encoder.eval()
         rng = torch.Generator(self.device_).manual_seed(seed)
         for rows in self._slices(log.values.shape[0]):
-            mean, log_variance = encoder(minibatch(log.values, rows, self.device_))
-            sd = None
+            was_training = encoder.training
+            x = minibatch(log.values, rows, self.device_)
+            mean, log_variance = encoder.eval()(x)
+            encoder.train(was_training)
+            filled, sd = decoder(mean).cpu().numpy(), None
             if n_draws:
-                total, square = torch.zeros((), device=self.device_), torch.zeros(())
+                sums = np.zeros((2, *x.shape))
                 for _ in range(n_draws):
                     noise = torch.randn(mean.shape, generator=rng, device=self.device_)
-                    made = decoder(mean + (0.5 * log_variance).exp() * noise)
-                    total, square = total + made, square + made.cpu().double().square()
-                filled = (total / n_draws).cpu().numpy()
-                spread = (square / n_draws).cpu().numpy() - filled.astype(float) ** 2
-                sd = np.sqrt(np.maximum(spread, 0)).astype(np.float32)
-            else:
-                filled = decoder(mean).cpu().numpy()
+                    z = mean + (0.5 * log_variance).exp() * noise
+                    made = decoder(z).cpu().double().numpy()
+                    sums += made, made**2
+                filled, square = sums / n_draws
+                sd = np.sqrt(np.maximum(square - filled**2, 0)).astype(np.float32)
             if not keep_observed:
-                yield rows, filled, sd
+                yield rows, filled.astype(np.float32), sd
                 continue
             flagged, observed = self._flagged(groups[rows]), log.values[rows]
             if sd is not None:
                 sd = completion.assemble(observed * 0, sd, flagged)
             yield rows, completion.assemble(observed, filled, flagged), sd
-        encoder.train(was_training)
 
 
 def _mean_of_observed(X: sparse.csr_matrix) -> Tensor:

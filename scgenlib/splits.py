@@ -173,8 +173,9 @@ def hide_entries(adata: ad.AnnData, share: float = 0.1, seed: int = 0) -> ad.Ann
     -------
     AnnData
         A copy: counts and X without the hidden entries, X scaled to the card's total
-        (10,000 without one), ``layers["true_counts"]`` as the counts were, and
-        ``layers["hidden"]``, True where an entry was hidden.
+        (10,000 without one), ``layers["true_counts"]`` as the counts were (in place of
+        such a layer), and ``layers["hidden"]``, True where an entry was hidden. Other
+        layers and ``raw`` are left and may still hold what is hidden.
 
     Raises
     ------
@@ -183,6 +184,7 @@ def hide_entries(adata: ad.AnnData, share: float = 0.1, seed: int = 0) -> ad.Ann
     DataError
         There are no counts.
     """
+    from scgenlib.contract import card_of
     from scgenlib.preprocess import normalise  # which offers this function too
 
     if not 0 < share < 1:
@@ -206,7 +208,7 @@ def hide_entries(adata: ad.AnnData, share: float = 0.1, seed: int = 0) -> ad.Ann
     hidden.eliminate_zeros()
     out = adata.copy()
     out.layers.update(counts=seen, true_counts=full, hidden=hidden)
-    recipe = adata.uns.get("dataset", {}).get("recipe", {})
+    recipe = card_of(adata).get("recipe", {})
     out.X = normalise(seen, recipe.get("target_sum", 1e4))
     return out
 

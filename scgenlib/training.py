@@ -347,6 +347,10 @@ def early_stop(term: str, patience: int, phase: str | None = None) -> Callback:
         if phase is not None and event.phase != phase:
             return False
         log = event.history
+        # A scan only when the term is new: one that is logged once an epoch is not
+        # looked for at every step.
+        if term not in log.term[-20:] or log.step[-1] != event.step:
+            return False
         values = [
             value
             for name, kind, value in zip(log.phase, log.term, log.value, strict=True)

@@ -773,12 +773,14 @@ def test_the_mask_is_a_table(cells, kind, request):
 def test_threshold_of_the_table(cells, model):
     zeros = cells.layers["counts"].toarray() == 0
     masks = {}
-    for threshold in (0.0, 0.5, 0.999, 1.5):
+    for threshold in (0.0, 0.5, 0.999, 1.0):
         other = fit(cells, drop_threshold=threshold)
         masks[threshold] = other.dropout_mask(cells).toarray()
         filled = imputed(other.impute(cells)) > 0
         assert not (filled & zeros & ~masks[threshold]).any()
-    assert (masks[0.0] == zeros).all() and not masks[1.5].any()
+    assert (masks[0.0] == zeros).all() and masks[1.0].sum() < masks[0.999].sum()
+    with pytest.raises(ConfigError, match="at most 1"):
+        ScGACLConfig(drop_threshold=50)
     sums = [mask.sum() for mask in masks.values()]
     assert sums == sorted(sums, reverse=True) and sums[1] < sums[0]
 
