@@ -61,7 +61,7 @@ def log_counts(adata: ad.AnnData, target_sum: float | None = None) -> LogCounts:
     Raises
     ------
     DataError
-        There are no counts.
+        There are no counts, or they are not whole numbers.
     """
     if "counts" not in adata.layers:
         do = "Use data with counts."
@@ -238,7 +238,10 @@ def write(
     about
         Goes to ``uns["scgenlib"]`` of an .h5ad.
     sd
-        Whether the blocks have standard deviations, for ``layers["imputed_sd"]``.
+        Whether the blocks have standard deviations, for ``layers["imputed_sd"]``. A
+        .csv has no place for them.
+    keep_observed
+        As in `completed`.
 
     Raises
     ------

@@ -621,6 +621,11 @@ class ScGACL(Estimator):
         scipy.sparse.csr_matrix
             bool, cells x ``genes_``. It is the same for all cells of a group in which
             a gene is zero: `dropout_table` has the probabilities.
+
+        Raises
+        ------
+        DataError
+            Genes are absent, or the cells would take more than 1 GB when dense.
         """
         own, log = self._own(adata)
         completion.check_size(own.shape)

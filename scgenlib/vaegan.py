@@ -93,7 +93,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def start_at(self, expression: Tensor) -> None:
-        """Make the output of an untrained decoder this expression, (n_genes,)."""
+        """Start the last bias at this expression, (n_genes,), at least 0."""
         cast(nn.Linear, self.body[-2]).bias.copy_(expression)
 
 

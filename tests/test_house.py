@@ -187,7 +187,9 @@ def test_package_stays_small(repo):
         str(path.relative_to(repo)): code_lines(path)
         for path in (repo / "scgenlib").rglob("*.py")
     }
-    assert sum(lines.values()) <= 10_000
+    # The design says about 7,000, which the third method passed. A ratchet: this
+    # number is lowered when lines go, and not raised without a reason in the log.
+    assert sum(lines.values()) <= 8600
     # A file beyond 500 lines holds two ideas; a method's may reach 700.
     assert not {path: n for path, n in lines.items() if n > 700}
 
