@@ -174,9 +174,15 @@ def matrix_table(root: Path) -> str:
     chapters, names, cells = matrix(root)
     if not chapters:
         return f"{NOT_RUN.capitalize()}.\n"
+    from scgenlib import datasets
+
+    def cell(chapter: str, name: str) -> str:
+        # A data set without counts, say, is no candidate for every chapter.
+        default = NOT_RUN if name in datasets.names(task=chapter) else "does not apply"
+        return cells.get((chapter, name), default)
+
     rows = [
-        [f"`{name}`", *(cells.get((chapter, name), NOT_RUN) for chapter in chapters)]
-        for name in names
+        [f"`{name}`", *(cell(chapter, name) for chapter in chapters)] for name in names
     ]
     runs = json.loads((root / "book" / "status.json").read_text())
     made = {
