@@ -13,7 +13,14 @@ import scipy.sparse as sp
 from scgenlib.errors import DataError, message, unknown
 from scgenlib.preprocess import value_scale
 
-__all__ = ["as_labels", "card_of", "check_anndata", "check_shape"]
+__all__ = [
+    "as_labels",
+    "card_of",
+    "check_anndata",
+    "check_counts",
+    "check_shape",
+    "check_values",
+]
 
 # What tells our card from anything else that a file may keep in its place.
 _ON_EVERY_CARD = {"name", "value_scale", "recipe", "n_cells"}
@@ -29,8 +36,12 @@ def card_of(adata: ad.AnnData) -> dict[str, Any]:
 
 def as_labels(column: pd.Series) -> pd.Series:
     """Return a column as a categorical of strings; missing labels stay missing."""
-    text = column.astype(object).where(column.isna(), column.astype(str))
-    return text.astype("category")
+    values = column.astype(object)
+    numbers = column.dropna()
+    if pd.api.types.is_float_dtype(column) and (numbers % 1 == 0).all():
+        # Whole numbers beside a missing value are stored as floats: 1.0 is "1".
+        values = column.astype("Int64").astype(object)
+    return values.where(column.isna(), values.astype(str)).astype("category")
 
 
 def check_anndata(
@@ -69,7 +80,7 @@ def check_anndata(
     if is_expression:
         _check_scale(X)
     if need_counts:
-        _check_counts(adata)
+        check_counts(adata)
     if label_key is not None:
         _check_labels(adata.obs, label_key)
 
@@ -93,6 +104,14 @@ def check_shape(adata: ad.AnnData, min_cells: int = 2) -> None:
                 allowed=f"at least {max(min_cells, 1)} cells and 1 gene",
             )
         )
+    if adata.isbacked:
+        raise DataError(
+            message(
+                "The cells are on disk and not in memory",
+                found=f"an AnnData backed by {adata.filename}",
+                do="Call adata.to_memory(), or see scgenlib.atlas for large files.",
+            )
+        )
     for axis, index in (("obs", adata.obs_names), ("var", adata.var_names)):
         if not index.is_unique:
             twice = index[index.duplicated()].unique()
@@ -104,6 +123,11 @@ def check_shape(adata: ad.AnnData, min_cells: int = 2) -> None:
                     do=f"Call adata.{axis}_names_make_unique(){_IN_A_FILE}.",
                 )
             )
+
+
+def check_values(adata: ad.AnnData) -> None:
+    """Raise DataError if X holds values that are no finite numbers."""
+    _check_values(adata.X, adata.obs_names, is_expression=False)
 
 
 def _check_values(X: Any, cells: pd.Index, is_expression: bool) -> None:
@@ -162,7 +186,8 @@ def _check_scale(X: Any) -> None:
     )
 
 
-def _check_counts(adata: ad.AnnData) -> None:
+def check_counts(adata: ad.AnnData) -> None:
+    """Raise DataError unless ``layers["counts"]`` holds whole numbers."""
     found = "no such layer"
     if "counts" in adata.layers:
         scale = value_scale(adata.layers["counts"])

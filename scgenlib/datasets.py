@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,10 @@ from scgenlib.words import say
 __all__ = ["card", "check_anndata", "fetch", "list", "load", "names", "verify"]
 
 _HERE = Path(__file__).resolve().parent
-# What `load` adds to the manifest's facts, or leaves to the manifest alone.
-_NOT_ON_CARD = ("files", "reader", "options", "labels", "genes")
+# Columns of obs that a manifest may name, beside the labels.
+_COLUMNS = ("batch", "perturbation")
+# What the card leaves to the manifest.
+_NOT_ON_CARD = ("files", "reader", "options", "labels", "genes", *_COLUMNS)
 
 
 # --- manifests ---------------------------------------------------------------------
@@ -424,6 +426,7 @@ def load(
     DownloadError
         If a file cannot be had or has the wrong checksum.
     """
+    from scgenlib.simatlas import atlas
     from scgenlib.simulate import simulate, simulate_like
 
     inner, simulated = _plain(name)
@@ -440,7 +443,15 @@ def load(
     else:
         manifest, beside = _manifest(name)
         if manifest["reader"] == "simulate":
-            adata = simulate(**manifest["options"])
+            options = dict(manifest["options"])
+            draws: dict[str, Callable[..., ad.AnnData]] = {
+                "cells": simulate,
+                "atlas": atlas,
+            }
+            kind = options.pop("kind", "cells")
+            if kind not in draws:
+                raise unknown_error("kind", kind, draws, error=ManifestError)
+            adata = draws[kind](**options)
             adata.uns["dataset"] |= _card_of(manifest)
             _use_label(adata, label_key)
         else:
@@ -477,10 +488,13 @@ def _from_files(
         ) from error
     labels = manifest["labels"]
     wanted = labels.get("keep", {})
-    for column in (labels["column"], *wanted):
+    named = {key: manifest[key] for key in _COLUMNS if key in manifest}
+    for column in (labels["column"], *wanted, *(n["column"] for n in named.values())):
         if column not in adata.obs:
             raise unknown_error(
-                f"label column in the manifest of {name}",
+                f"label column in the manifest of {name}"
+                if column == labels["column"]
+                else f"column in the manifest of {name}",
                 column,
                 adata.obs.columns,
                 error=ManifestError,
@@ -489,7 +503,11 @@ def _from_files(
     adata.obs["cell_type"] = types
     keep = ~types.isin(labels.get("drop", [])).to_numpy()
     for column, value in wanted.items():
-        keep &= (adata.obs[column].astype(str) == value).to_numpy()
+        values = [value] if isinstance(value, str) else value
+        keep &= adata.obs[column].astype(str).isin(values).to_numpy()
+    for key, about in named.items():
+        column = as_labels(adata.obs[about["column"]])
+        adata.obs[key] = column.cat.rename_categories(about.get("rename", {}))
     prefix = manifest.get("genes", {}).get("drop_prefix")
     genes = (
         ~adata.var_names.str.startswith(prefix)
@@ -502,8 +520,8 @@ def _from_files(
     if manifest["value_scale"] != "log1p":
         adata.X = normalise(adata.X, manifest["recipe"]["target_sum"])
     adata.obs["cell_type"] = as_labels(adata.obs["cell_type"])
-    if "batch" in adata.obs:
-        adata.obs["batch"] = adata.obs["batch"].astype("category")
+    for key in {*_COLUMNS} & {*adata.obs}:
+        adata.obs[key] = as_labels(adata.obs[key])
     adata.uns["dataset"] = _card_of(manifest)
     _use_label(adata, label_key)
     return adata

@@ -8,7 +8,7 @@ import json
 import time
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -246,6 +246,8 @@ class Estimator:
     label_key_: str | None
     #: Whether `generate` takes a number of cells for each type.
     by_type: ClassVar[bool] = False
+    #: Whether this process writes checkpoints and shows progress: of several, one.
+    writes: bool = True
     #: Whether `fit` needs ``layers["counts"]``.
     needs_counts: ClassVar[bool] = False
 
@@ -330,9 +332,42 @@ class Estimator:
         DataError
             The data break the contract; the message says where.
         """
+        self._check(adata, label_key)
+
+        def begin() -> None:
+            self.label_key_ = label_key
+            self.genes_ = [str(name) for name in adata.var_names]
+            if label_key is not None:
+                self.labels_ = sorted(map(str, adata.obs[label_key].unique()))
+            self.n_cells_ = adata.n_obs
+            columns = [k for k in self._columns(label_key) if k in adata.obs]
+            self.data_hash_ = data_hash(adata, columns)
+            begun = time.perf_counter()
+            self._prepare(adata, label_key)
+            self.fit_seconds_ = time.perf_counter() - begun
+
+        return self._run(begin, callbacks, checkpoint_dir, checkpoint_every, resume)
+
+    def _check(self, adata: AnnData, label_key: str | None) -> None:
+        """Raise DataError for data that this method cannot learn from."""
         from scgenlib.contract import check_anndata
 
         check_anndata(adata, label_key=label_key, need_counts=self.needs_counts)
+
+    def _columns(self, label_key: str | None) -> list[str]:
+        """Return the columns of ``obs`` that are part of the data's identity."""
+        own = getattr(self.config, "extra_conditions", ())
+        return [label_key or "", "batch", "perturbation", *own]
+
+    def _run(
+        self,
+        begin: Callable[[], None],
+        callbacks: Iterable[training.Callback],
+        checkpoint_dir: str | Path | None,
+        checkpoint_every: int | None,
+        resume: bool,
+    ) -> Self:
+        """Reset, call `begin`, which reads the data, and run the phases."""
         if checkpoint_every is None:
             checkpoint_every = int(getattr(self.config, "save_freq", 500))
         if checkpoint_every < 1:
@@ -345,23 +380,13 @@ class Estimator:
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(self.seed)
             self._reset(device)
-            self.label_key_ = label_key
-            self.genes_ = [str(name) for name in adata.var_names]
-            if label_key is not None:
-                self.labels_ = sorted(map(str, adata.obs[label_key].unique()))
-            self.n_cells_ = adata.n_obs
-            keys = [label_key or "", "batch", "perturbation"]
-            keys += getattr(self.config, "extra_conditions", ())
-            self.data_hash_ = data_hash(adata, [k for k in keys if k in adata.obs])
-            begun = time.perf_counter()
-            self._prepare(adata, label_key)
-            self.fit_seconds_ = time.perf_counter() - begun
-            for module in self.modules_.values():
-                module.to(device).train()
             path = None
             if checkpoint_dir is not None:
                 path = Path(checkpoint_dir) / "checkpoint.safetensors"
             try:
+                begin()
+                for module in self.modules_.values():
+                    module.to(device).train()
                 callbacks = [*self._callbacks(), *callbacks]
                 training.run_phases(
                     self, self._phases(), callbacks, path, checkpoint_every, resume
@@ -538,7 +563,7 @@ class Estimator:
         model._load_state_tensors(tensors)
         for module in model.modules_.values():
             module.to(model.device_).eval()
-        history = pd.read_csv(folder / "history.csv")
+        history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
         model._history = training.History.from_frame(history)
         model.is_fitted_ = True
         return model

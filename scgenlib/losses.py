@@ -10,16 +10,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "class_weights",
     "discriminator_loss",
+    "gaussian_kl",
     "generator_loss",
     "gradient_penalty",
     "kl_to_standard_normal",
     "masked_mse",
     "mixture_kl",
     "nt_xent",
+    "rbf_kernel",
+    "rbf_mmd",
     "responsibilities",
     "sup_con",
     "wasserstein_critic_loss",
+    "weighted_cross_entropy",
 ]
 
 
@@ -109,8 +114,30 @@ def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
     mean, log_variance
         Shape (n_cells, n_latent) each.
     """
-    per_unit = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance)
-    return per_unit.sum(dim=1).mean()
+    return gaussian_kl(mean, log_variance).mean()
+
+
+def gaussian_kl(
+    mean: Tensor, log_variance: Tensor, centre: Tensor | None = None
+) -> Tensor:
+    """KL divergence of each cell's Gaussian from N(centre, I), in nats.
+
+    .. math:: \\frac12 \\sum_d \\left[(\\mu_d - c_d)^2 + v_d - 1 - \\ln v_d\\right]
+
+    Parameters
+    ----------
+    mean, log_variance
+        Shape (n_cells, n_latent) each.
+    centre
+        Shape (n_cells, n_latent); None is 0, the standard normal.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (n_cells,).
+    """
+    gap = mean if centre is None else mean - centre
+    return 0.5 * (gap**2 + log_variance.exp() - 1 - log_variance).sum(dim=1)
 
 
 def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
@@ -265,3 +292,95 @@ def mixture_kl(
     spread = (gap * (-centre_log_variance).exp() + centre_log_variance).sum(2)
     per_cell = (share * (0.5 * spread - log_pi + log_share)).sum(1)
     return (per_cell - 0.5 * (1 + log_variance).sum(1)).mean()
+
+
+def class_weights(codes: Tensor, n_classes: int) -> Tensor:
+    """Return weights under which every class has the same share of a loss.
+
+    .. math:: w_k = n / (m \\, n_k)
+
+    for n labelled cells, m classes that have cells, and n_k cells of class k. A class
+    without cells has weight 0.
+
+    Parameters
+    ----------
+    codes
+        Class of each cell, shape (n_cells,); -1 is a cell without a label.
+    n_classes
+        Number of classes.
+    """
+    sizes = torch.bincount(codes[codes >= 0], minlength=n_classes).float()
+    present = (sizes > 0).sum()
+    return torch.where(sizes > 0, sizes.sum() / (present * sizes), sizes)
+
+
+def weighted_cross_entropy(
+    logits: Tensor, codes: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum of cross-entropies, and the sum of the weights.
+
+    Their quotient is the loss. They are given apart so that a minibatch without any
+    label has the loss 0 / 0, which the caller reads as 0, and so that several
+    processes may add theirs before they divide.
+
+    Parameters
+    ----------
+    logits
+        Shape (n_cells, n_classes).
+    codes
+        Class of each cell, (n_cells,); a cell with -1 adds nothing to either sum.
+    weights
+        One weight per class, (n_classes,).
+    """
+    known = codes >= 0
+    each = torch.where(known, weights[codes.clamp_min(0)], 0.0)
+    loss = F.cross_entropy(logits, codes.clamp_min(0), reduction="none")
+    return (each * loss).sum(), each.sum()
+
+
+#: Widths of the kernels of `rbf_mmd`: the published list of nineteen.
+BANDWIDTHS = tuple(10.0**k for k in range(-6, 1)) + (
+    *(5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 35.0),
+    *(1e2, 1e3, 1e4, 1e5, 1e6),
+)
+
+
+def rbf_kernel(
+    x: Tensor, y: Tensor, bandwidths: tuple[float, ...] = BANDWIDTHS
+) -> Tensor:
+    """Return the sum of Gaussian kernels, exp(-|a - b|^2 / 2s), for all pairs.
+
+    Parameters
+    ----------
+    x, y
+        Shape (n, n_latent) and (m, n_latent).
+    bandwidths
+        The values s, squared lengths.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (n, m).
+    """
+    gap = (x[:, None, :] - y[None, :, :]).square().sum(2)
+    return torch.stack([torch.exp(-gap / (2 * s)) for s in bandwidths]).sum(0)
+
+
+def rbf_mmd(x: Tensor, y: Tensor, bandwidths: tuple[float, ...] = BANDWIDTHS) -> Tensor:
+    """Squared maximum mean discrepancy of two sets of points, summed over kernels.
+
+    .. math:: E[k(x, x')] + E[k(y, y')] - 2 E[k(x, y)]
+
+    with k of `rbf_kernel` (Gretton et al., 2012). Every pair counts, a point with
+    itself too: it is 0 for equal sets, and never below 0.
+
+    Parameters
+    ----------
+    x, y
+        Shape (n, n_latent) and (m, n_latent).
+    bandwidths
+        See `rbf_kernel`.
+    """
+    pairs = ((x, x), (y, y), (x, y))
+    own, other, cross = (rbf_kernel(a, b, bandwidths).mean() for a, b in pairs)
+    return (own + other - 2 * cross).clamp_min(0.0)

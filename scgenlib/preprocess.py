@@ -22,6 +22,7 @@ __all__ = [
     "draw_molecules",
     "filter_cells_and_genes",
     "filter_genes",
+    "genes_by_dispersion",
     "hide_entries",
     "linear_values",
     "normalise",
@@ -417,12 +418,33 @@ def select_genes(adata: ad.AnnData, n_genes: int, n_bins: int = 20) -> np.ndarra
             message("n_genes is out of range", found=n_genes, allowed="1 or more")
         )
     mean, var = mean_variance(adata.X, ddof=1)
+    return genes_by_dispersion(mean, var, adata.var_names, n_genes, n_bins)
+
+
+def genes_by_dispersion(
+    mean: np.ndarray,
+    var: np.ndarray,
+    names: pd.Index,
+    n_genes: int,
+    n_bins: int = 20,
+) -> np.ndarray:
+    """Choose genes as `select_genes` does, given mean and variance of each.
+
+    Parameters
+    ----------
+    mean, var
+        Of the log1p-normalised values of training cells, (n_genes,) each.
+    names
+        Gene names, in the same order.
+    n_genes, n_bins
+        As in `select_genes`.
+    """
     varies = np.flatnonzero((mean > 0) & (var > 1e-12))
     if not len(varies):
         raise DataError(
             message(
                 "No gene varies over the cells",
-                found=f"{adata.n_obs} cells x {adata.n_vars} genes",
+                found=f"{len(names)} genes, none with a variance above 0",
                 do="Check that the training cells are not all the same cell.",
             )
         )
@@ -435,7 +457,7 @@ def select_genes(adata: ad.AnnData, n_genes: int, n_bins: int = 20) -> np.ndarra
             spread = np.median(np.abs(centred))
             score[group] = centred / spread if spread > 0 else centred
         varies = varies[np.argsort(-score, kind="stable")[:n_genes]]
-    return np.asarray(adata.var_names)[np.sort(varies)].astype(str)
+    return np.asarray(names)[np.sort(varies)].astype(str)
 
 
 def process(

@@ -135,17 +135,26 @@ def rda_summarized_experiment(paths: list[Path], options: Options) -> ad.AnnData
     """Read a Bioconductor SummarizedExperiment with one dense assay.
 
     Options: `object`, its name in the file; `cells`, the column of colData that names
-    the cells. All columns of colData go to `obs`.
+    the cells (without it, its row names do). All columns of colData go to `obs`.
     """
     experiment = _r_attributes(_r_objects(paths[0])[options["object"]])
-    assays = _r_environment(_r_attributes(experiment["assays"])[".xData"])
-    assay = _r_attributes(assays[".->data"])["listData"].value[0]
+    assays = _r_attributes(experiment["assays"])
+    if ".xData" in assays:  # as Bioconductor wrote it before 3.10
+        listed = _r_environment(assays[".xData"])[".->data"]
+    else:
+        listed = assays["data"]
+    assay = _r_attributes(listed)["listData"].value[0]
     attributes = _r_attributes(assay)
     shape = tuple(int(n) for n in attributes["dim"].value)
     genes = _r_names(attributes["dimnames"])[0]
     matrix = np.asarray(assay.value).reshape(shape, order="F")
-    obs = _r_frame(_r_attributes(experiment["colData"])["listData"])
-    return _anndata(matrix.T, obs.set_index(options["cells"]), genes)
+    about = _r_attributes(experiment["colData"])
+    obs = _r_frame(about["listData"])
+    if "cells" in options:
+        obs = obs.set_index(options["cells"])
+    else:
+        obs.index = pd.Index(_r_strings(about["rownames"]))
+    return _anndata(matrix.T, obs, genes)
 
 
 def rda_data_frame(paths: list[Path], options: Options) -> ad.AnnData:
@@ -199,6 +208,26 @@ def rda_list_frame(paths: list[Path], options: Options) -> ad.AnnData:
     obs = pd.DataFrame({"label": labels}, index=frame.columns)
     obs["stage_order"] = [options["stages"].index(label) for label in labels]
     return _anndata(frame.to_numpy().T, obs, list(frame.index))
+
+
+def rda_log1p(paths: list[Path], options: Options) -> ad.AnnData:
+    """Read a dgCMatrix of genes x cells, log1p, and a data frame of annotation.
+
+    The integer counts are recovered, see `_with_counts`. Options: `object` and
+    `annotation`, their names in the two files; `cells`, the annotation's column of cell
+    names; `library` and `target_sum`.
+    """
+    matrix = _r_attributes(_r_objects(paths[0])[options["object"]])
+    genes, cells = _r_names(matrix["Dimnames"])
+    obs = _r_frame(_r_objects(paths[1])[options["annotation"]])
+    obs = obs.set_index(options["cells"])
+    if list(obs.index) != cells:
+        raise DataError("The annotation's rows are not the matrix's cells.")
+    X = sp.csc_matrix(
+        (matrix["x"].value, matrix["i"].value, matrix["p"].value),
+        shape=(len(genes), len(cells)),
+    )
+    return _with_counts(_anndata(X.T, obs, genes), options)
 
 
 # --- other layouts -----------------------------------------------------------------
@@ -351,26 +380,93 @@ def tar_mtx(paths: list[Path], options: Options) -> ad.AnnData:
     return adata
 
 
+def text_tables(paths: list[Path], options: Options) -> ad.AnnData:
+    """Read several pairs of files for `text_table` and put their cells together.
+
+    Only genes and columns that all pairs have are kept. Options: those of
+    `text_table`, and `batches`, one name per pair.
+    """
+    parts = [
+        text_table([*pair], options)
+        for pair in zip(paths[::2], paths[1::2], strict=True)
+    ]
+    batches = options["batches"]
+    return ad.concat(
+        dict(zip(batches, parts, strict=True)), label="batch", merge="same"
+    )
+
+
+def text_cells(paths: list[Path], options: Options) -> ad.AnnData:
+    """Read text tables of cells x genes, of the cells, and of the genes, by name.
+
+    The table of the genes may know more of them. Option: `sep`.
+    """
+    table, obs, var = (
+        pd.read_csv(path, sep=options["sep"], index_col=0) for path in paths
+    )
+    adata = _anndata(table.to_numpy(), obs.loc[table.index], list(table.columns))
+    adata.var = var.loc[table.columns]
+    return adata
+
+
+def _with_counts(adata: ad.AnnData, options: Options) -> ad.AnnData:
+    """Add the integer counts that X, log1p of counts scaled to a total, stands for.
+
+    They are expm1(x) divided by the value of one molecule. Options: `library`, the obs
+    column of the cells' totals before genes were chosen; `target_sum`.
+    """
+    X = adata.X
+    total = adata.obs[options["library"]].to_numpy(np.float64)
+    exact = np.expm1(X.data.astype(np.float64))
+    exact *= np.repeat(total / options["target_sum"], np.diff(X.indptr))
+    away = np.abs(exact - np.rint(exact)).max()
+    if away > 0.1:
+        raise DataError(
+            message(
+                "The integer counts cannot be recovered from the logarithms",
+                found=f"a value {away:.2g} away from a whole number",
+                allowed="0.1 or less",
+                do="Check the options `library` and `target_sum`.",
+            )
+        )
+    adata.layers["counts"] = X.copy()
+    adata.layers["counts"].data = np.rint(exact).astype(np.float32)
+    return adata
+
+
 def h5ad_raw_log1p(paths: list[Path], options: Options) -> ad.AnnData:
     """Read an .h5ad whose raw.X is log1p of counts scaled to a known total.
 
-    The integer counts are recovered: expm1(x) divided by the value of one molecule.
-    Options: `library`, the obs column of totals; `target_sum`.
+    The integer counts are recovered, see `_with_counts` for the options.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the file is written in an older format
         stored = ad.read_h5ad(paths[0])
     X = sp.csr_matrix(stored.raw.X, dtype=np.float32)
-    total = stored.obs[options["library"]].to_numpy(np.float64)
-    exact = np.expm1(X.data.astype(np.float64))
-    exact *= np.repeat(total / options["target_sum"], np.diff(X.indptr))
-    if np.abs(exact - np.rint(exact)).max() > 0.1:
-        raise DataError("The integer counts cannot be recovered from raw.X.")
-    counts = X.copy()
-    counts.data = np.rint(exact).astype(np.float32)
     adata = ad.AnnData(X, obs=stored.obs, var=pd.DataFrame(index=stored.raw.var_names))
-    adata.layers["counts"] = counts
-    return adata
+    return _with_counts(adata, options)
+
+
+def h5ad_0_6_log1p(paths: list[Path], options: Options) -> ad.AnnData:
+    """Read an .h5ad of anndata 0.6, X in CSR form, as `h5ad_raw_log1p` reads raw.X.
+
+    There, obs and var are tables of records, and `uns` holds the names of categories.
+    """
+    import h5py
+
+    with h5py.File(paths[0]) as file:
+        obs, var = (pd.DataFrame(file[key][()]) for key in ("obs", "var"))
+        parts = [file["X"][key][()] for key in ("data", "indices", "indptr")]
+        for column in obs:
+            if f"{column}_categories" in file["uns"]:
+                known = file["uns"][f"{column}_categories"].asstr()[()]
+                obs[column] = pd.Categorical.from_codes(obs[column], known)
+    obs.index, genes = (
+        pd.Index(f.pop("index").str.decode("utf-8")) for f in (obs, var)
+    )
+    X = sp.csr_matrix(tuple(parts), shape=(len(obs), len(genes)))
+    X.sort_indices()
+    return _with_counts(_anndata(X, obs, list(genes)), options)
 
 
 READERS: dict[str, Callable[[list[Path], Options], ad.AnnData]] = {
@@ -380,11 +476,15 @@ READERS: dict[str, Callable[[list[Path], Options], ad.AnnData]] = {
         rda_data_frame,
         rda_list,
         rda_list_frame,
+        rda_log1p,
         h5_counts_csv_labels,
         zip_csv,
         text_table,
+        text_tables,
+        text_cells,
         csv_truth,
         tar_mtx,
         h5ad_raw_log1p,
+        h5ad_0_6_log1p,
     )
 }

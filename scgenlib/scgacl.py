@@ -31,7 +31,14 @@ from scgenlib.errors import ConfigError, DataError, message, unknown
 from scgenlib.estimator import Config, Estimator, option
 from scgenlib.losses import masked_mse
 from scgenlib.preprocess import select_genes
-from scgenlib.training import Callback, Phase, adam, early_stop, minibatch
+from scgenlib.training import (
+    Callback,
+    Phase,
+    adam,
+    early_stop,
+    even_part,
+    minibatch,
+)
 from scgenlib.vaegan import (
     Decoder,
     Discriminator,
@@ -394,11 +401,8 @@ class ScGACL(Estimator):
                 rng, device = self.rng_, self.device_
                 order = torch.randperm(n, generator=rng, device=device).cpu()
             self.arrays_["order"] = order
-        # Batch b of n_batches; the first ones have a cell more if they must.
-        size, more = divmod(self._X.shape[0], n_batches)
-        b = step % n_batches
-        begin = b * size + min(b, more)
-        rows = self.arrays_["order"][begin : begin + size + (b < more)]
+        part = even_part(self._X.shape[0], n_batches, step % n_batches)
+        rows = self.arrays_["order"][part]
         x = minibatch(self._X, rows.numpy(), self.device_)
         return x, self.arrays_["codes"][rows].to(self.device_)
 

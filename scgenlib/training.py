@@ -42,6 +42,7 @@ __all__ = [
     "Phase",
     "adam",
     "early_stop",
+    "even_part",
     "every",
     "is_flat",
     "minibatch",
@@ -130,6 +131,13 @@ def minibatch(
     # A copy also of a dense slice: what is done to a batch must not reach the data.
     dense = block.toarray() if sparse.issparse(block) else np.array(block)
     return torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)).to(device)
+
+
+def even_part(n: int, n_parts: int, i: int) -> slice:
+    """Return part `i` of `n` things in parts that differ by at most one."""
+    size, more = divmod(n, n_parts)
+    begin = i * size + min(i, more)
+    return slice(begin, begin + size + (i < more))
 
 
 def adam(
@@ -404,6 +412,8 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def save_checkpoint(model: Estimator, path: Path, phase: int, step: int) -> None:
     """Write everything a killed run needs to go on to the same numbers."""
+    if not model.writes:
+        return
     tensors: dict[str, torch.Tensor] = dict(model._state_tensors())
     groups: dict[str, Any] = {}
     for name, optimiser in model.optimisers_.items() if step else ():
@@ -508,7 +518,7 @@ def run_phases(
     resume: bool = False,
 ) -> None:
     """Run the phases in order; see `Estimator.fit` for the parameters."""
-    callbacks = [progress_bar(), *callbacks]
+    callbacks = [*([progress_bar()] if model.writes else []), *callbacks]
     saved = None
     begun = time.perf_counter()
     if resume and checkpoint is not None and checkpoint.exists():

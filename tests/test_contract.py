@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ from scgenlib.estimator import Config, Estimator, data_hash
 
 @dataclass
 class Case:
-    """An estimator, and one call of each of its verbs that returns cells."""
+    """An estimator, one call of each of its verbs, and what its fit is told."""
 
     name: str
     verbs: dict[str, Callable[[Any, AnnData], Any]]
+    fit: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cls(self) -> type[Estimator]:
@@ -53,9 +54,20 @@ CASES = [
             "dropout_mask": lambda model, adata: model.dropout_mask(adata),
         },
     ),
+    Case(
+        "ScAtlasVAE",
+        {
+            "embed": lambda model, adata: model.embed(adata),
+            "denoise": lambda model, adata: model.denoise(adata),
+            "predict_labels": lambda model, adata: model.predict_labels(adata),
+            "map_query": lambda model, adata: model.map_query(adata),
+            "align_labels": lambda model, adata: model.align_labels(adata),
+        },
+        {"label_key": ["cell_type", "lineage"]},
+    ),
 ]
 # What the verb calls its variables, where these are not the genes of the model.
-VARIABLES = {"embed": [f"z{i}" for i in range(10)]}
+VARIABLES = dict.fromkeys(("embed", "map_query"), [f"z{i}" for i in range(10)])
 
 # The smallest settings need not learn anything.
 pytestmark = pytest.mark.filterwarnings("ignore::scgenlib.scgacl.CollapseWarning")
@@ -63,7 +75,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::scgenlib.scgacl.CollapseWarning
 
 @pytest.fixture(scope="module")
 def cells() -> AnnData:
-    return simulate.simulate(n_cells=150, n_genes=60, seed=2)
+    made = simulate.simulate(n_cells=150, n_genes=60, seed=2)
+    made.obs["batch"] = pd.Categorical(["one", "two", "three"] * 50)
+    coarse = made.obs["cell_type"].isin(["A", "B"]).map({True: "x", False: "y"})
+    made.obs["lineage"] = pd.Categorical(coarse)
+    return made
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -73,7 +89,7 @@ def case(request) -> Case:
 
 @pytest.fixture(scope="module")
 def fitted(case, cells) -> Estimator:
-    return case.make().fit(cells)
+    return case.make().fit(cells, **case.fit)
 
 
 def state(model: Estimator) -> dict[str, torch.Tensor]:
@@ -126,7 +142,7 @@ def test_every_profile_and_every_field_is_documented(case):
 def test_fit_returns_itself_and_changes_nothing(case, cells):
     before, rng = cells.copy(), torch.get_rng_state()
     model = case.make()
-    assert model.fit(cells) is model
+    assert model.fit(cells, **case.fit) is model
     assert data_hash(cells, cells.obs) == data_hash(before, before.obs)
     pd.testing.assert_frame_equal(cells.obs, before.obs)
     pd.testing.assert_frame_equal(cells.var, before.var)
@@ -140,13 +156,13 @@ def test_fit_returns_itself_and_changes_nothing(case, cells):
 
 
 def test_fit_twice_is_fit_once(case, cells, fitted):
-    model = case.make().fit(cells[:100].copy())
-    assert_same_state(model.fit(cells), fitted)
+    model = case.make().fit(cells[:100].copy(), **case.fit)
+    assert_same_state(model.fit(cells, **case.fit), fitted)
 
 
 def test_same_seed_repeats_and_another_differs(case, cells, fitted):
-    assert_same_state(case.make().fit(cells), fitted)
-    other = state(case.make(seed=1).fit(cells))
+    assert_same_state(case.make().fit(cells, **case.fit), fitted)
+    other = state(case.make(seed=1).fit(cells, **case.fit))
     mine = state(fitted)
     assert any(
         not torch.equal(mine[k], other[k])
@@ -158,7 +174,7 @@ def test_same_seed_repeats_and_another_differs(case, cells, fitted):
 def test_dense_and_sparse_input_agree(case, cells, fitted):
     dense = cells.copy()
     dense.X = cells.X.toarray()
-    model = case.make().fit(dense)
+    model = case.make().fit(dense, **case.fit)
     for verb, call in case.verbs.items():
         np.testing.assert_allclose(
             values(call(model, dense)),
@@ -218,6 +234,7 @@ def test_a_killed_fit_goes_on_to_the_same_numbers(case, cells, fitted, tmp_path)
     for number, (phase, last) in enumerate(sizes.items()):
         folder = tmp_path / str(number)
         options = {"checkpoint_dir": folder, "checkpoint_every": 3, "resume": True}
+        options |= case.fit
 
         def kill(event: training.Event, phase=phase, at=int(last * 0.7)) -> None:
             if event.phase == phase and event.step == at:
@@ -231,7 +248,8 @@ def test_a_killed_fit_goes_on_to_the_same_numbers(case, cells, fitted, tmp_path)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_fit_on_a_gpu_and_load_on_the_cpu(case, cells, tmp_path):
     config = case.cls.config_class.profile("tiny")
-    model = case.cls(config, device="cuda").fit(cells, checkpoint_dir=tmp_path / "c")
+    made = case.cls(config, device="cuda")
+    model = made.fit(cells, checkpoint_dir=tmp_path / "c", **case.fit)
     model.save(tmp_path / "run")
     again = case.cls.load(tmp_path / "run", device="cpu")
     for call in case.verbs.values():
@@ -268,7 +286,7 @@ def broken(cells: AnnData, **change: Any) -> AnnData:
 )
 def test_bad_cells_are_named(case, cells, change, words):
     with pytest.raises(errors.DataError) as caught:
-        case.make().fit(broken(cells, **change))
+        case.make().fit(broken(cells, **change), **case.fit)
     for word in words:
         assert word.lower() in str(caught.value).lower()
 
@@ -278,7 +296,7 @@ def test_bad_labels_and_devices_are_named(case, cells):
         case.make().fit(cells, label_key="cell_typ")
     made = case.cls(case.cls.config_class.profile("tiny"), device="cuda:7")
     with pytest.raises(errors.DeviceError, match="cuda:7"):
-        made.fit(cells)
+        made.fit(cells, **case.fit)
     with pytest.raises(errors.ConfigError, match="config"):
         case.cls(config={"epochs": 3})
     with pytest.raises(errors.ConfigError, match="seed"):

@@ -53,7 +53,7 @@ DESIGNS = [
     *("RNAmix_celseq2", "RNAmix_sortseq"),
     *("cellmix1", "cellmix2", "cellmix3", "cellmix4", "cellmix5"),
     *("sc_celseq2", "sc_celseq2_5cl_p1", "sc_celseq2_5cl_p2", "sc_celseq2_5cl_p3"),
-    "sc_dropseq",
+    *("sc_dropseq", "lines_2protocols"),
 ]
 
 
@@ -62,8 +62,11 @@ DESIGNS = [
 
 def test_list_and_names():
     table = datasets.list()
-    assert table["name"].tolist()[:2] == ["pbmc68k_reduced", "simulated"]
+    embedded = ["pbmc68k_reduced", "simulated", "simulated_atlas"]
+    assert table["name"].tolist()[:3] == embedded
     assert set(table["name"]) == {
+        *("kang", "pancreas", "pbmc_3batches", "simulated_atlas"),
+        *(f"batch_sim/dropout_{share}" for share in ("005", "025")),
         *("pbmc68k_reduced", "simulated", "pollen", "yan", "cbmc", "baron_mouse"),
         *("pbmc_facs", "muraro", "pbmc68k", "scgacl_sim", "deng"),
         *(f"sc_mixology/{design}" for design in DESIGNS),
@@ -86,12 +89,22 @@ def test_scgacl_gets_counts_only():
         assert min(datasets.card(name)["label_counts"].values()) >= 2
 
 
+def test_scatlasvae_gets_counts_with_or_without_batches():
+    served = datasets.names("scatlasvae")
+    assert {"simulated_atlas", "pancreas", "kang", "cbmc"} <= {*served}
+    # Not molecules; fractions of molecules; no file to check; 21 wells.
+    others = {"yan", "muraro", "pbmc68k", "sc_mixology/cellmix5"}
+    assert {*served} == {*datasets.names()} - others
+
+
 def test_a_family_of_designs_names_them():
-    with pytest.raises(DataError, match="is a family.*sc_mixology/cellmix1, .*dropseq"):
+    with pytest.raises(
+        DataError, match="is a family.*sc_mixology/cellmix1, .*2protocols, .*dropseq"
+    ):
         datasets.load("sc_mixology")
     with pytest.raises(DataError, match="Did you mean 'sc_mixology/RNAmix_celseq2'"):
         datasets.load("sc_mixology/RNAmix_celsq2")
-    with pytest.raises(ManifestError, match="sc_mixology.yml holds 12 designs"):
+    with pytest.raises(ManifestError, match="sc_mixology.yml holds 13 designs"):
         datasets.load(ROOT / "data_manifests" / "sc_mixology.yml")
     assert "designs" not in datasets.card("sc_mixology/cellmix1")
     adata = datasets.load("simulated:sc_mixology/cellmix5", verbose=False)
@@ -219,6 +232,26 @@ FIGURES = {
         *(500, 1000, 111334, 3354500.0, 3711.0, 5706.0, 8193.0),
         *("Gene1", "Gene1000", "Cell1"),
     ),
+    "batch_sim/dropout_005": (
+        *(1400, 712, 909844, 26844964.0, 831.0, 20663.0, 16504.0),
+        *("Gene3", "Gene4987", "Cell1"),
+    ),
+    "batch_sim/dropout_025": (
+        *(1400, 740, 929119, 27000171.0, 905.0, 20857.0, 16332.0),
+        *("Gene3", "Gene4987", "Cell1"),
+    ),
+    "pancreas": (
+        *(528, 1403, 544181, 115415408.0, 361476.0, 3588.0, 348414.8125),
+        *("SCGN", "ZFP36L1", "human2_lib2.final_cell_0117"),
+    ),
+    "pbmc_3batches": (
+        *(1200, 1767, 245676, 1495544.0, 4882.0, 1896.0, 1037.0),
+        *("LYZ", "IL1RN", "fivePrime_GATCGCGAGACCGGAT"),
+    ),
+    "kang": (
+        *(1975, 6998, 643449, 2156428.0, 2407.0, 1391.0, 954.0),
+        *("AL627309.1", "S100B", "TGCTGAGATGCTAG-1-control"),
+    ),
     "sc_mixology/RNAmix_celseq2": (
         *(340, 14804, 2412406, 12908075.0, 2946.0, 54107.0, 20801.0),
         *("ENSG00000072858", "ENSG00000224934", "L19"),
@@ -278,10 +311,11 @@ def test_reader_against_independent_figures(name):
     paths = [folder / file["path"] for file in manifest["files"]]
     adata = readers.READERS[manifest["reader"]](paths, manifest["options"])
     cells, genes, nnz, total, top, first, last, gene0, gene1, cell0 = FIGURES[name]
-    sums = np.asarray(adata.X.sum(1, dtype=np.float64)).ravel()
-    assert adata.shape == (cells, genes) and adata.X.nnz == nnz
+    values = adata.layers.get("counts", adata.X)
+    sums = np.asarray(values.sum(1, dtype=np.float64)).ravel()
+    assert adata.shape == (cells, genes) and values.nnz == nnz
     np.testing.assert_allclose(
-        [sums.sum(), adata.X.max(), sums[0], sums[-1]], [total, top, first, last], 1e-6
+        [sums.sum(), values.max(), sums[0], sums[-1]], [total, top, first, last], 1e-6
     )
     assert adata.var_names[[0, -1]].tolist() == [gene0, gene1]
     assert adata.obs_names[0] == cell0
@@ -295,7 +329,7 @@ def published(name: str) -> ad.AnnData:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", [*FIGURES, "sc_mixology/lines_2protocols"])
 def test_load_published_set(name):
     adata = published(name)
     card = adata.uns["dataset"]
@@ -314,7 +348,13 @@ def test_load_published_set(name):
     assert library.std(ddof=1) == pytest.approx(card["depth"]["sd"], rel=1e-3)
     back = adata.X.copy()
     back.data = np.expm1(back.data)
-    np.testing.assert_allclose(np.asarray(back.sum(1)).ravel(), 1e4, rtol=1e-4)
+    target, whole = card["recipe"]["target_sum"], library
+    if card["value_scale"] == "log1p":  # scaled before genes were chosen
+        (column,) = {"nUMI", "n_counts"} & {*adata.obs}
+        whole = adata.obs[column].to_numpy()
+        assert (whole > library).all()
+    expected = target * library / whole
+    np.testing.assert_allclose(np.asarray(back.sum(1)).ravel(), expected, rtol=1e-4)
 
 
 @pytest.mark.data
@@ -371,7 +411,7 @@ def test_mixtures_have_their_shares(design):
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("design", DESIGNS[7:])
+@pytest.mark.parametrize("design", DESIGNS[7:12])
 def test_doublets_of_cell_lines_are_dropped(design):
     adata = published(f"sc_mixology/{design}")
     raw = FIGURES[f"sc_mixology/{design}"][0]
@@ -379,6 +419,71 @@ def test_doublets_of_cell_lines_are_dropped(design):
     doublets |= {f"sc_celseq2_5cl_p{i}": n for i, n in ((1, 141), (2, 144), (3, 53))}
     assert raw - adata.n_obs == doublets[design]
     assert set(adata.obs["demuxlet_cls"]) == {"SNG"}
+
+
+# The sizes of each type in each batch, types and batches in order.
+BATCHES = {
+    "batch_sim/dropout_005": {"Batch1": [148, 352], "Batch2": [263, 637]},
+    "batch_sim/dropout_025": {"Batch1": [148, 352], "Batch2": [263, 637]},
+    "pancreas": {"Smart-seq2": [100, 100], "inDrop": [100, 100]},
+    "pbmc_3batches": {
+        "3pv1": [39, 2, 2, 3, 50, 27, 17, 97, 53],
+        "3pv2": [62, 16, 0, 2, 102, 11, 22, 150, 115],
+        "5p": [71, 10, 1, 2, 120, 22, 20, 126, 58],
+    },
+    "kang": {
+        "control": [110, 238, 278, 69, 55, 132, 54],
+        "stimulated": [112, 83, 356, 53, 59, 289, 87],
+    },
+    "sc_mixology/lines_2protocols": {
+        "CEL-seq2": [103, 67, 70],
+        "Drop-seq": [79, 65, 66],
+    },
+}
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_of_published_sets(name):
+    adata = published(name)
+    datasets.check_anndata(adata, label_key="cell_type", need_counts=True)
+    table = pd.crosstab(adata.obs["cell_type"], adata.obs["batch"])
+    assert adata.obs["batch"].dtype == "category"
+    assert {batch: [*sizes] for batch, sizes in table.items()} == BATCHES[name]
+
+
+@pytest.mark.data
+def test_batches_are_what_their_names_say():
+    kang = published("kang").obs
+    assert (kang["perturbation"] == kang["batch"]).all()
+    assert kang.index.str.endswith("-control").sum() == 936
+    assert (kang["batch"][kang.index.str.endswith("-control")] == "control").all()
+    pancreas = published("pancreas")
+    indrop = (pancreas.obs["batch"] == "inDrop").to_numpy()
+    assert pancreas.obs_names[indrop].str.match(r"human\d_lib\d").all()
+    assert pancreas.obs_names[~indrop].str.match("HP1|AZ_").all()
+    depth = np.asarray(pancreas.layers["counts"].sum(1)).ravel()
+    np.testing.assert_allclose(
+        [depth[indrop].mean(), depth[~indrop].mean()], [3341.2, 195742.1], rtol=1e-4
+    )
+    blood = published("pbmc_3batches").obs
+    prefix = {"3pv1": "threepv1", "3pv2": "threepfresh", "5p": "fivePrime"}
+    assert (blood.index.str.split("_").str[0] == blood["batch"].map(prefix)).all()
+
+
+@pytest.mark.data
+def test_two_protocols_are_their_two_sets_on_shared_genes():
+    both = published("sc_mixology/lines_2protocols")
+    for protocol, name in (("CEL-seq2", "sc_celseq2"), ("Drop-seq", "sc_dropseq")):
+        single = published(f"sc_mixology/{name}")
+        mine = both[(both.obs["batch"] == protocol).to_numpy()]
+        assert mine.obs_names.tolist() == single.obs_names.tolist()
+        expected = single[:, both.var_names].layers["counts"]
+        assert (mine.layers["counts"] != expected).nnz == 0
+    genes = [
+        published(f"sc_mixology/{n}").var_names for n in ("sc_celseq2", "sc_dropseq")
+    ]
+    assert {*both.var_names} == {*genes[0]} & {*genes[1]}
 
 
 @pytest.mark.data
@@ -619,6 +724,93 @@ def test_truth_layout(tmp_path):
         readers.csv_truth(paths, {})
 
 
+def test_two_tables_are_put_together(tmp_path):
+    texts = ['"a1"\n"G1",1\n"ERCC-1",2\n"G2",3\n', '"kind","n"\n"a1","P",5\n']
+    texts += ['"b1","b2"\n"G2",4,0\n"G3",1,1\n', '"kind"\n"b1","P"\n"b2","Q"\n']
+    paths = [tmp_path / f"{i}.csv" for i in range(4)]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    # A column beside the labels keeps its name; one that stands alone is the label.
+    options = {"sep": ",", "label_sep": ",", "batches": ["one", "two"]}
+    adata = readers.text_tables(paths, options)
+    assert adata.var_names.tolist() == ["G2"] and adata.var["gene_id"].tolist() == [
+        "G2"
+    ]
+    assert adata.X.toarray().ravel().tolist() == [3, 4, 0]
+    assert adata.obs["batch"].tolist() == ["one", "two", "two"]
+
+
+def test_cells_layout(tmp_path):
+    texts = {
+        "counts": "G3\tG1\nc1\t5\t0\nc2\t0\t2\n",
+        "cells": "kind\nc2\tb\nc1\ta\n",
+        "genes": "factor\nG1\t1.5\nG2\t2\nG3\t3\n",
+    }
+    paths = [tmp_path / f"{name}.txt" for name in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        path.write_text(text)
+    adata = readers.text_cells(paths, {"sep": "\t"})
+    np.testing.assert_array_equal(adata.X.toarray(), [[5, 0], [0, 2]])
+    assert adata.obs["kind"].tolist() == ["a", "b"]
+    assert adata.var["factor"].tolist() == [3, 1.5]
+
+
+def old_h5ad(path, counts, total, target=100.0):
+    """Write a file as anndata 0.6 did; the last cell has no kind."""
+    import h5py
+
+    X = sp.csr_matrix(counts * (target / total)[:, None], dtype=np.float32)
+    X.data = np.log1p(X.data)
+    names = [b"c1", b"c2", b"c3"]
+    obs = np.array(
+        [*zip(names, [1, 0, -1], total, strict=True)],
+        dtype=[("index", "S2"), ("kind", "i1"), ("n", "f4")],
+    )
+    with h5py.File(path, "w") as file:
+        for key in ("data", "indices", "indptr"):
+            file[f"X/{key}"] = getattr(X, key)
+        file["obs"] = obs
+        file["var"] = np.array([(b"G1",), (b"G2",)], dtype=[("index", "S2")])
+        file["uns/kind_categories"] = np.array([b"late", b"early"])
+
+
+def test_old_h5ad_layout_and_recovered_counts(tmp_path):
+    counts, total = np.array([[3, 0], [2, 4], [0, 7]]), np.array([9.0, 6.0, 50.0])
+    old_h5ad(tmp_path / "old.h5ad", counts, total)
+    options = {"library": "n", "target_sum": 100}
+    adata = readers.h5ad_0_6_log1p([tmp_path / "old.h5ad"], options)
+    # No cell needs a gene with one molecule: the totals say what a molecule is.
+    np.testing.assert_array_equal(adata.layers["counts"].toarray(), counts)
+    np.testing.assert_allclose(adata.X.toarray()[0], np.log1p([300 / 9, 0]), rtol=1e-6)
+    assert adata.obs["kind"].tolist()[:2] == ["early", "late"]
+    assert adata.obs["kind"].isna().tolist() == [False, False, True]
+    assert (adata.obs_names[2], adata.var_names[1]) == ("c3", "G2")
+    with pytest.raises(DataError, match="cannot be recovered.*0.5 away.*0.1 or less"):
+        readers.h5ad_0_6_log1p([tmp_path / "old.h5ad"], options | {"target_sum": 80})
+
+
+def test_manifest_names_batch_and_perturbation(tmp_path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        text = "cell,kind,lab,drug,G1,G2\nx,a,1,no,1,3\ny,a,,yes,0,2\nz,b,2,yes,4,0\n"
+        archive.writestr(zipfile.ZipInfo("toy.csv"), text + "w,b,3,maybe,4,1\n")
+    manifest = toy_manifest(options={"annotation": 4, "batches": ["one"]})
+    manifest["files"][0]["sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
+    manifest["labels"]["keep"] = {"drug": ["no", "yes"]}
+    manifest["batch"] = {"column": "lab", "rename": {"1.0": "Ulm"}}
+    manifest["perturbation"] = {"column": "drug"}
+    adata = datasets.load(write(tmp_path, manifest, buffer.getvalue()))
+    # The cell without a laboratory has no batch; unused categories are gone.
+    assert adata.obs["batch"].isna().tolist() == [False, True, False]
+    assert adata.obs["batch"].cat.categories.tolist() == ["2.0", "Ulm"]
+    assert adata.obs["perturbation"].tolist() == ["no", "yes", "yes"]
+    assert adata.obs["perturbation"].dtype == "category"
+    assert not {"batch", "perturbation"} & {*adata.uns["dataset"]}
+    manifest["batch"]["column"] = "labs"
+    with pytest.raises(ManifestError, match="Unknown column.*Did you mean 'lab'"):
+        datasets.load(write(tmp_path, manifest))
+
+
 def test_stages_layout(tmp_path):
     import rdata
 
@@ -690,6 +882,9 @@ def test_manifest_that_the_file_contradicts(tmp_path):
     wrong = toy_manifest(label_counts={"a": 1, "b": 2})
     with pytest.raises(DataError, match="label_counts differs.*'a': 2"):
         datasets.load(write(tmp_path, wrong, toy_zip()))
+    kind = toy_manifest(reader="simulate", options={"kind": "atlass"})
+    with pytest.raises(ManifestError, match="Unknown kind.*Did you mean 'atlas'"):
+        datasets.load(write(tmp_path, kind))
     bad_options = toy_manifest(options={"annotation": 2})
     with pytest.raises(DataError, match="cannot be read by zip_csv.*batches"):
         datasets.load(write(tmp_path, bad_options, toy_zip()))

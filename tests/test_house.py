@@ -187,9 +187,10 @@ def test_package_stays_small(repo):
         str(path.relative_to(repo)): code_lines(path)
         for path in (repo / "scgenlib").rglob("*.py")
     }
-    # The design says about 7,000, which the third method passed. A ratchet: this
-    # number is lowered when lines go, and not raised without a reason in the log.
-    assert sum(lines.values()) <= 8600
+    # The design says about 7,000, which the third method passed; the fourth brought
+    # count likelihoods, the integration metrics, reading from disk and processes. A
+    # ratchet: lowered when lines go, and not raised without a reason in the log.
+    assert sum(lines.values()) <= 12_100
     # A file beyond 500 lines holds two ideas; a method's may reach 700.
     assert not {path: n for path, n in lines.items() if n > 700}
 

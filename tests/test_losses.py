@@ -326,3 +326,122 @@ def test_sup_con_without_any_mate_has_a_gradient_of_zero():
     rows = torch.randn(3, 2, requires_grad=True)
     losses.sup_con(rows, torch.arange(3)).backward()
     assert (rows.grad == 0).all()
+
+
+# ------------------------------------------------------------ losses of an atlas VAE
+
+
+def test_gaussian_kl_by_hand():
+    zero = torch.zeros(2, 3)
+    assert losses.gaussian_kl(zero, zero).tolist() == [0, 0]
+    # 0.5 (mu^2 + v - 1 - ln v): 2 for mu 2, v 1; 0.5 (4 - 1 - ln 4) for mu 0, v 4.
+    mean, variance = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 4.0]])
+    expected = 2 + 0.5 * (3 - math.log(4))
+    found = losses.gaussian_kl(mean, variance.log())
+    assert found.shape == (1,) and found.item() == pytest.approx(expected, abs=1e-6)
+    torch.manual_seed(0)
+    mean, log_variance, centre = torch.randn(3, 6, 4)
+    normal = torch.distributions.Normal
+    own = normal(mean, (0.5 * log_variance).exp())
+    for at in (None, centre):
+        other = normal(torch.zeros(6, 4) if at is None else at, 1.0)
+        kl = torch.distributions.kl_divergence(own, other).sum(1)
+        torch.testing.assert_close(losses.gaussian_kl(mean, log_variance, at), kl)
+    torch.testing.assert_close(
+        losses.kl_to_standard_normal(mean, log_variance),
+        losses.gaussian_kl(mean, log_variance).mean(),
+    )
+
+
+def test_class_weights_by_hand():
+    codes = torch.tensor([0, 0, 0, 1, -1, -1, 3, 3])
+    # Six labelled cells, three types that have some: 6 / (3 n_k).
+    found = losses.class_weights(codes, 5)
+    assert found.tolist() == pytest.approx([2 / 3, 2, 0, 1, 0])
+    assert losses.class_weights(torch.tensor([-1, -1]), 2).tolist() == [0, 0]
+    # The mean weight of a labelled cell is 1.
+    assert found[codes[codes >= 0]].mean().item() == pytest.approx(1)
+
+
+def test_more_cells_of_a_class_do_not_give_it_more_weight():
+    torch.manual_seed(0)
+    logits, codes = torch.randn(9, 3), torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
+
+    def loss(rows):
+        weights = losses.class_weights(codes[rows], 3)
+        of_class = []
+        for k in range(3):
+            own = torch.where(codes[rows] == k, k, -1)
+            part = losses.weighted_cross_entropy(logits[rows], own, weights)
+            of_class.append([float(v) for v in part])
+        total = sum(weight for _, weight in of_class)
+        return [value / total for value, _ in of_class]
+
+    rows = torch.arange(9)
+    once = loss(rows)
+    for copies in (2, 7):
+        more = torch.cat([rows, rows[codes == 1].repeat(copies - 1)])
+        assert loss(more) == pytest.approx(once, rel=1e-5)
+
+
+def test_weighted_cross_entropy_by_hand():
+    logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [9.0, -9.0]])
+    weights = torch.tensor([2.0, 0.5])
+    codes = torch.tensor([1, 0, -1])
+    value, total = losses.weighted_cross_entropy(logits, codes, weights)
+    # ln 2 with weight 1/2, ln(4/3) with weight 2; the third cell has no label.
+    expected = 0.5 * math.log(2) + 2 * math.log(4 / 3)
+    assert value.item() == pytest.approx(expected, abs=1e-6)
+    assert total.item() == 2.5
+    # The quotient is torch's weighted mean.
+    known = torch.nn.functional.cross_entropy(logits[:2], codes[:2], weights)
+    assert (value / total).item() == pytest.approx(known.item(), abs=1e-6)
+
+
+def test_no_label_gives_no_gradient_and_no_number():
+    logits = torch.randn(4, 3, requires_grad=True)
+    codes = torch.tensor([-1, 2, -1, 0])
+    value, _ = losses.weighted_cross_entropy(logits, codes, torch.ones(3))
+    value.backward()
+    assert (logits.grad[codes < 0] == 0).all()
+    assert (logits.grad[codes >= 0].abs().sum(1) > 0).all()
+    logits.grad = None
+    value, total = losses.weighted_cross_entropy(
+        logits, torch.full((4,), -1), torch.ones(3)
+    )
+    value.backward()
+    assert value == total == 0 and (logits.grad == 0).all()
+
+
+def test_rbf_mmd_landmarks():
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 3), torch.randn(20, 3)
+    assert losses.rbf_mmd(x, x).item() == pytest.approx(0, abs=1e-5)
+    assert losses.rbf_mmd(x, x[torch.randperm(30)]).item() == pytest.approx(0, abs=1e-5)
+    near, far = (losses.rbf_mmd(x, y + shift).item() for shift in (0.5, 3.0))
+    assert 0.01 < near < far
+    torch.testing.assert_close(losses.rbf_mmd(x, y + 3), losses.rbf_mmd(y + 3, x))
+
+
+def test_rbf_mmd_by_hand():
+    # Two points at distance 2, width 1: 1 + 1 - 2 exp(-4/2).
+    a, b = torch.tensor([[0.0]]), torch.tensor([[2.0]])
+    found = losses.rbf_mmd(a, b, (1.0,)).item()
+    assert found == pytest.approx(2 - 2 * math.exp(-2), abs=1e-6)
+    # Two points against one, widths 1/2 and 2, every pair and itself.
+    x = torch.tensor([[0.0], [1.0]])
+
+    def kernel(gap, s):
+        return math.exp(-(gap**2) / (2 * s))
+
+    expected = sum(
+        (2 + 2 * kernel(1, s)) / 4 + 1 - 2 * (kernel(2, s) + kernel(1, s)) / 2
+        for s in (0.5, 2.0)
+    )
+    assert losses.rbf_mmd(x, b, (0.5, 2.0)).item() == pytest.approx(expected, abs=1e-6)
+    assert len(losses.BANDWIDTHS) == 19
+    assert (min(losses.BANDWIDTHS), max(losses.BANDWIDTHS)) == (1e-6, 1e6)
+    # The gradient is finite, also where points coincide.
+    points = torch.zeros(3, 2, requires_grad=True)
+    losses.rbf_mmd(points, torch.zeros(3, 2)).backward()
+    assert points.grad.isfinite().all()

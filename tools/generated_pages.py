@@ -7,6 +7,7 @@ by the text from here when it lays out the build.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ def pages(root: Path, notebooks: Sequence[Path]) -> Iterator[tuple[str, str]]:
     """
     yield "datasets.md", datasets_text()
     yield "status.md", status_text(root, notebooks)
+    if (root / "book" / "scale.md").is_file():
+        yield "scale.md", loader_text(root)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -218,3 +221,39 @@ def records_table(root: Path, notebooks: Sequence[Path]) -> str:
     if not rows:
         return f"{NOT_RUN.capitalize()}.\n"
     return table(["chapter", "data set", "experiment", *MEASURED], rows)
+
+
+# --- large atlases --------------------------------------------------------------
+
+
+def loader_text(root: Path) -> str:
+    """Return the recorded race of the loader, and what made it."""
+    from scgenlib import records
+
+    where = "scale", "simulated_atlas", "loader", root / "book" / "results"
+    is_there = records.record_path(*where).is_file()
+    found = records.recorded(*where) if is_there else None
+    if found is None:
+        line = "python benchmarks/loader.py --record"
+        return f"{NOT_RUN.capitalize()}. `{line}` makes the record.\n"
+    speeds = ("cells_per_s", "cells_per_cpu_s")
+    rows = [
+        [
+            row["form"] + ", cold" * row["cold"],
+            row["way"],
+            *(f"{float(f'{row[k]:.2g}'):,.0f}" for k in speeds),
+            f"{row['bits']:.2f}",
+            f"{row['peak_gb']:.2f}",
+        ]
+        for row in found.rows
+    ]
+    c, made = found.config, found.describe()
+    head = ["from", "way", "cells/s", "cells/CPU-s", "bits", "peak GB"]
+    return (
+        f"{c['cells']:,} cells x {c['genes']:,} genes in {c['samples']} samples, "
+        f"about {c['per_cell']} values a cell, minibatches of {c['batch']}. "
+        f"`blocks`: {c['block']} rows together, a pool of {c['pool']:,} cells. "
+        f"`small pool`: a pool of one minibatch. `single rows`: each row alone. "
+        f"{math.log2(c['samples']):.2f} bits are the most.\n\n"
+        f"{table(head, rows)}\n{made[0].upper()}{made[1:]}.\n"
+    )

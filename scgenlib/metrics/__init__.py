@@ -2,7 +2,8 @@
 
 `generation`: do generated cells look like real ones. `clustering`: do clusters
 find the types. `rare`: do extra cells help to find a rare type. `imputation`: are
-filled values right, and what did filling invent.
+filled values right, and what did filling invent. `integration`: are types kept and
+batches mixed. `transfer`: are transferred labels right, and strangers noticed.
 """
 
 from __future__ import annotations
@@ -45,22 +46,58 @@ from scgenlib.metrics.imputation import (
     thin,
     zeros_filled,
 )
+from scgenlib.metrics.integration import (
+    batch_predictability,
+    bras,
+    clisi,
+    graph_connectivity,
+    ilisi,
+    integration_scores,
+    isolated_labels,
+    kbet,
+    kmeans_agreement,
+    leiden_agreement,
+    lisi,
+    pcr,
+    pcr_comparison,
+    same_batch_share,
+    silhouette_batch,
+    silhouette_label,
+)
 from scgenlib.metrics.rare import calibration, cut_type, rare_arms, rare_utility
+from scgenlib.metrics.transfer import (
+    coverage_table,
+    reject_scores,
+    reliability,
+    transfer_scores,
+)
 
 __all__ = [
     "ari",
     "ari_over_resolutions",
+    "batch_predictability",
+    "bras",
     "calibration",
+    "clisi",
     "cluster_scores",
+    "coverage_table",
     "cut_type",
     "false_de",
     "feature_selection_utility",
     "gene_correlation",
     "gene_correlation_inflation",
     "gene_moments",
+    "graph_connectivity",
+    "ilisi",
     "informative_genes",
+    "integration_scores",
     "invented_correlation",
+    "isolated_labels",
+    "kbet",
+    "kmeans_agreement",
     "leiden",
+    "leiden_agreement",
+    "lisi",
     "log_truth",
     "macro_f1",
     "mask_scores",
@@ -74,13 +111,21 @@ __all__ = [
     "nmi",
     "order_agreement",
     "oversmoothing",
+    "pcr",
+    "pcr_comparison",
     "poisson_loss",
     "prdc",
     "rare_arms",
     "rare_utility",
     "reference_split",
+    "reject_scores",
+    "reliability",
+    "same_batch_share",
+    "silhouette_batch",
+    "silhouette_label",
     "sliced_wasserstein",
     "thin",
+    "transfer_scores",
     "two_sample_auroc",
     "wasserstein",
     "zeros_filled",
