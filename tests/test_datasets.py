@@ -797,12 +797,12 @@ def test_manifest_names_batch_and_perturbation(tmp_path):
     manifest = toy_manifest(options={"annotation": 4, "batches": ["one"]})
     manifest["files"][0]["sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
     manifest["labels"]["keep"] = {"drug": ["no", "yes"]}
-    manifest["batch"] = {"column": "lab", "rename": {"1.0": "Ulm"}}
+    manifest["batch"] = {"column": "lab", "rename": {"1": "Ulm"}}
     manifest["perturbation"] = {"column": "drug"}
     adata = datasets.load(write(tmp_path, manifest, buffer.getvalue()))
     # The cell without a laboratory has no batch; unused categories are gone.
     assert adata.obs["batch"].isna().tolist() == [False, True, False]
-    assert adata.obs["batch"].cat.categories.tolist() == ["2.0", "Ulm"]
+    assert adata.obs["batch"].cat.categories.tolist() == ["2", "Ulm"]
     assert adata.obs["perturbation"].tolist() == ["no", "yes", "yes"]
     assert adata.obs["perturbation"].dtype == "category"
     assert not {"batch", "perturbation"} & {*adata.uns["dataset"]}
