@@ -30,10 +30,11 @@ import torch
 from scipy import sparse
 from torch import Tensor, distributed, nn
 
+from scgenlib.cells import BLOCK
 from scgenlib.countvae import CellBatch, Noise
 from scgenlib.errors import ConfigError, ScgenError, message
 from scgenlib.likelihoods import counts_batch
-from scgenlib.mapping import on_genes
+from scgenlib.mapping import match_genes
 from scgenlib.preprocess import genes_by_dispersion, normalise
 from scgenlib.rowblocks import Batch, CountSource, RowBlocks, open_counts, stored_order
 from scgenlib.scatlasvae import Keys, ScAtlasVAE, ScAtlasVAEConfig, as_list
@@ -43,7 +44,6 @@ __all__ = ["Group", "embed", "fit", "join_group", "main"]
 
 #: Held-out cells stay in memory; more than these tell nothing more.
 _MOST_VALID = 20_000
-_BLOCK = 1024
 
 
 # ------------------------------------------------------------------- processes
@@ -98,7 +98,7 @@ def join_group(device: str = "auto", minutes: float = 10.0) -> Iterator[Group]:
 
 
 class OnDisk:
-    """Minibatches from blocks of rows; see `cells.Cells`.
+    """Minibatches from blocks of rows; see `cells.Minibatches`.
 
     The noise of a row depends on seed, step and lane alone, and a lane's cells are the
     same for every number of processes. So one process and two compute the same losses,
@@ -142,14 +142,6 @@ class OnDisk:
             return net
         cuda = self.model.device_.type == "cuda"
         if "batch" in self.model.config.norm:
-            if not cuda:
-                raise ConfigError(
-                    message(
-                        "Batch normalisation over processes needs GPUs",
-                        found=f"{self.world} processes on {self.model.device_.type}",
-                        do="Set use_batch_norm=False and use_layer_norm=True.",
-                    )
-                )
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         ids = [torch.cuda.current_device()] if cuda else None
         return nn.parallel.DistributedDataParallel(net, device_ids=ids)
@@ -208,8 +200,8 @@ class OnDisk:
         mine = np.arange(len(rows))
         if share:
             mine = mine[self.group.rank :: self.world]
-        for first in range(0, len(mine), _BLOCK):
-            part = mine[first : first + _BLOCK]
+        for first in range(0, len(mine), BLOCK):
+            part = mine[first : first + BLOCK]
             yield self._cells(X[part], rows[part], np.ones(len(part), np.float32))
 
 
@@ -312,6 +304,15 @@ def fit(
                 allowed=f"a likelihood of counts, a multiple of {lanes} cells",
             )
         )
+    kind = resolve_device(device).type
+    if group.world > 1 and "batch" in c.norm and kind != "cuda":
+        raise ConfigError(
+            message(
+                "Batch normalisation over processes needs GPUs",
+                found=f"{group.world} processes on {kind}",
+                do="Set use_batch_norm=False and use_layer_norm=True.",
+            )
+        )
     keys = {"batch_keys": as_list(batch_key), "label_keys": as_list(label_key)}
     model.writes = group.rank == 0
     model._latent = None
@@ -395,7 +396,7 @@ def embed(
         group.wait()
         codes = np.lib.format.open_memmap(part, "r+")
         for rows, X in stored_order(source, rank=group.rank, world=group.world):
-            own, _ = on_genes(X, source.var_names, model.genes_)
+            own, _ = match_genes(X, source.var_names, model.genes_)
             codes[rows] = model._codes(own, source.obs.iloc[rows])
         codes.flush()
     group.wait()

@@ -19,13 +19,13 @@ from scgenlib.training import even_part
 if TYPE_CHECKING:
     from scgenlib.scatlasvae import ScAtlasVAE
 
-__all__ = ["Cells", "InMemory"]
+__all__ = ["BLOCK", "InMemory", "Minibatches"]
 
 #: Cells that pass the networks at once outside of training.
-_BLOCK = 1024
+BLOCK = 1024
 
 
-class Cells(Protocol):
+class Minibatches(Protocol):
     """What training reads: minibatches by step, and the held-out cells.
 
     With several processes each has its share of every minibatch; `add_up` adds a
@@ -127,5 +127,5 @@ class InMemory:
 
     def held_out(self, share: bool = True) -> Iterator[CellBatch]:
         """Yield the held-out cells in blocks."""
-        for first in range(0, len(self.valid), _BLOCK):
-            yield self._cells(self.valid[first : first + _BLOCK])
+        for first in range(0, len(self.valid), BLOCK):
+            yield self._cells(self.valid[first : first + BLOCK])

@@ -22,8 +22,8 @@ from scgenlib.preprocess import normalise
 __all__ = [
     "best_labels",
     "joined",
+    "match_genes",
     "matching_pairs",
-    "on_genes",
     "place_in_map",
     "temperature",
 ]
@@ -41,7 +41,7 @@ def canonical(values: Any) -> sparse.csr_matrix:
     return X
 
 
-def on_genes(
+def match_genes(
     values: Any, names: Sequence[str] | pd.Index, genes: Sequence[str]
 ) -> tuple[sparse.csr_matrix, dict[str, int]]:
     """Put a matrix on another list of genes: matched by name, absent ones are 0.
@@ -126,7 +126,7 @@ def joined(
         if on_counts:
             check_counts(part)
         values = part.layers["counts"] if on_counts else part.X
-        X, _ = on_genes(values, part.var_names, genes)
+        X, _ = match_genes(values, part.var_names, genes)
         obs = pd.DataFrame(
             index=part.obs_names.astype(str) + ("" if apart else f"-{i}")
         )

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scgenlib import mapping, surgery
-from scgenlib.cells import Cells, InMemory
+from scgenlib.cells import BLOCK, InMemory, Minibatches
 from scgenlib.contract import (
     as_labels,
     check_anndata,
@@ -51,8 +51,6 @@ from scgenlib.training import Callback, Event, Phase, minibatch
 
 __all__ = ["ScAtlasVAE", "ScAtlasVAEConfig"]
 
-#: Cells that pass the networks at once outside of training.
-_BLOCK = 1024
 #: The automatic budget: steps for many cells, for few, and epochs for very few.
 _MOST_STEPS, _LEAST_STEPS, _EPOCHS, _MOST_EPOCHS = 6000, 2000, 100, 400
 
@@ -159,7 +157,7 @@ class ScAtlasVAEConfig(Config):
         ----------
         n_cells
             The published number of epochs depends on it: 400 up to 20,000 cells, and
-            then so many that a cell is seen 8 million times over all.
+            then so many that 8 million cells are seen in all, each several times.
         profile, overrides
             As in `profile`.
         """
@@ -332,7 +330,9 @@ class ScAtlasVAE(Estimator):
         self.data_hash_ = digest.hexdigest()
         values = adata.layers["counts"] if self._on_counts else adata.X
         X = mapping.canonical(values)
-        self._cells: Cells = InMemory(self, X, batches, labels, valid, self._latent)
+        self._cells: Minibatches = InMemory(
+            self, X, batches, labels, valid, self._latent
+        )
 
     def _held_out(self, obs: pd.DataFrame) -> np.ndarray:
         """Return which cells are held out, by their names.
@@ -625,7 +625,7 @@ class ScAtlasVAE(Estimator):
         else:
             check_values(adata)
         values = adata.layers["counts"] if self._on_counts else adata.X
-        return mapping.on_genes(values, adata.var_names, self.genes_)
+        return mapping.match_genes(values, adata.var_names, self.genes_)
 
     @torch.no_grad()
     def _codes(self, X: sparse.csr_matrix, obs: pd.DataFrame) -> np.ndarray:
@@ -635,14 +635,14 @@ class ScAtlasVAE(Estimator):
         encoder.eval()
         batches = torch.from_numpy(self._batch_codes(obs))
         out = np.empty((X.shape[0], self.config.n_latent), dtype=np.float32)
-        for first in range(0, X.shape[0], _BLOCK):
-            rows = slice(first, first + _BLOCK)
+        for first in range(0, X.shape[0], BLOCK):
+            rows = slice(first, first + BLOCK)
             # Rows are padded to one shape: products of other shapes may round
             # differently, and a cell's code must not depend on its neighbours.
             x = minibatch(X, rows, self.device_)
             n = len(x)
-            x = F.pad(x, (0, 0, 0, _BLOCK - n))
-            b = F.pad(batches[rows].to(self.device_), (0, 0, 0, _BLOCK - n))
+            x = F.pad(x, (0, 0, 0, BLOCK - n))
+            b = F.pad(batches[rows].to(self.device_), (0, 0, 0, BLOCK - n))
             out[rows] = self._encode(x, b)[0][:n].cpu().numpy()
         encoder.train(was_training)
         return out
@@ -804,6 +804,14 @@ class ScAtlasVAE(Estimator):
         out.uns["scgenlib"] |= {"verb": "map_query", "how": how}
         return out
 
+    def provenance(self, **extra: Any) -> dict[str, Any]:
+        """Return where an output came from, and which batches surgery has added."""
+        added = self.facts_.get("added_batches", {})
+        found = {key: names for key, names in added.items() if names}
+        if found:
+            extra["added_batches"] = found
+        return super().provenance(**extra)
+
     # ----- new models from old ones
 
     def refit(
@@ -915,8 +923,8 @@ class ScAtlasVAE(Estimator):
         decoder.eval()
         Z = torch.from_numpy(self._codes(X, obs)).to(self.device_)
         batches = torch.from_numpy(self._batch_codes(as_of)).to(self.device_)
-        for first in range(0, len(Z), _BLOCK):
-            rows = slice(first, first + _BLOCK)
+        for first in range(0, len(Z), BLOCK):
+            rows = slice(first, first + BLOCK)
             share, _, gate = decoder(Z[rows], batches[rows])
             yield rows, share, gate
         decoder.train(was_training)

@@ -144,7 +144,10 @@ def add_batches(model: ScAtlasVAE, query: AnnData, max_epoch: int = 20) -> ScAtl
         old = out.sizes_["batch"][key]
         out.sizes_["first"].setdefault(key, len(old))
         out.sizes_["batch"][key] = [*old, *names]
-    out.facts_["added_batches"] = added
+    before = out.facts_.get("added_batches", {})
+    out.facts_["added_batches"] = {
+        key: [*before.get(key, []), *names] for key, names in added.items()
+    }
     _train(out, query, {k: len(v) for k, v in added.items()}, max_epoch)
     return out
 

@@ -36,3 +36,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repo() -> Path:
     """Return the root of the repository."""
     return Path(__file__).resolve().parent.parent
+
+
+#: Two lineages of two types each, for atlases that are quick to fit.
+LINEAGES = {"A": {"A1": 30.0, "A2": 20.0}, "B": {"B1": 30.0, "B2": 20.0}}
+
+
+@pytest.fixture(scope="session")
+def small_atlas():
+    """Return 300 cells x 80 genes: three reference batches and a query batch."""
+    from scgenlib import simatlas
+
+    return simatlas.atlas(
+        300, 80, seed=1, lineages=LINEAGES, n_batches=3, n_query_batches=1, depth=3000
+    )

@@ -10,20 +10,17 @@ from anndata import AnnData
 from scipy import sparse
 from torch.nn import functional as F
 
-from scgenlib import mapping, simatlas
+from scgenlib import mapping
 from scgenlib.errors import ConfigError, DataError, NotFittedError
 from scgenlib.scatlasvae import ScAtlasVAE, ScAtlasVAEConfig
 from scgenlib.surgery import new_batches
 
-LINEAGES = {"A": {"A1": 30.0, "A2": 20.0}, "B": {"B1": 30.0, "B2": 20.0}}
 KEYS = ["cell_type", "lineage"]
 
 
 @pytest.fixture(scope="module")
-def atlas() -> AnnData:
-    return simatlas.atlas(
-        300, 80, seed=1, lineages=LINEAGES, n_batches=3, n_query_batches=1, depth=3000
-    )
+def atlas(small_atlas) -> AnnData:
+    return small_atlas.copy()
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +58,21 @@ def codes(model, cells) -> np.ndarray:
 @pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
 def test_genes_are_matched_by_name(form):
     values = form(np.array([[1.0, 2.0, 3.0], [0.0, 5.0, 0.0]]))
-    out, found = mapping.on_genes(values, ["a", "b", "c"], ["c", "x", "a", "y"])
+    out, found = mapping.match_genes(values, ["a", "b", "c"], ["c", "x", "a", "y"])
     assert sparse.issparse(out) and out.format == "csr" and out.dtype == np.float32
     assert out.toarray().tolist() == [[3, 0, 1, 0], [0, 0, 0, 0]]
     assert found == {"genes_missing": 2, "genes_extra": 1}
-    same, found = mapping.on_genes(values, ["a", "b", "c"], ["a", "b", "c"])
+    same, found = mapping.match_genes(values, ["a", "b", "c"], ["a", "b", "c"])
     assert same.toarray().tolist() == [[1, 2, 3], [0, 5, 0]]
     assert found == {"genes_missing": 0, "genes_extra": 0}
-    turned, found = mapping.on_genes(values, ["a", "b", "c"], ["c", "b", "a"])
+    turned, found = mapping.match_genes(values, ["a", "b", "c"], ["c", "b", "a"])
     assert turned.toarray().tolist() == [[3, 2, 1], [0, 5, 0]]
     assert found == {"genes_missing": 0, "genes_extra": 0}
 
 
 def test_no_gene_in_common_is_named():
     with pytest.raises(DataError, match="ENSG1.*ACTB"):
-        mapping.on_genes(np.ones((2, 2)), ["ENSG1", "ENSG2"], ["ACTB", "CD3E"])
+        mapping.match_genes(np.ones((2, 2)), ["ENSG1", "ENSG2"], ["ACTB", "CD3E"])
 
 
 def counted(counts, genes, names, **obs) -> AnnData:
@@ -475,6 +472,11 @@ def test_surgery_is_repeated_and_saved(model, query, tmp_path):
     more.obs["batch"] = "later"
     last = again.add_batches(more, max_epoch=1)
     assert last.sizes_["batch"]["batch"][-2:] == ["query1", "later"]
+    # What it makes says so; what the first model makes does not.
+    found = [made.embed(more).uns["scgenlib"] for made in (one, last)]
+    assert found[0]["added_batches"] == {"batch": ["query1"]}
+    assert found[1]["added_batches"] == {"batch": ["query1", "later"]}
+    assert "added_batches" not in model.embed(more).uns["scgenlib"]
     np.testing.assert_array_equal(last.denoise(query).X, one.denoise(query).X)
     np.testing.assert_array_equal(last.denoise(cells).X, one.denoise(cells).X)
 

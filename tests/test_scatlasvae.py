@@ -26,15 +26,12 @@ from scgenlib.preprocess import normalise
 from scgenlib.rowblocks import hash_split
 from scgenlib.scatlasvae import InMemory, ScAtlasVAE, ScAtlasVAEConfig
 
-LINEAGES = {"A": {"A1": 30.0, "A2": 20.0}, "B": {"B1": 30.0, "B2": 20.0}}
 KEYS = ["cell_type", "lineage"]
 
 
 @pytest.fixture(scope="module")
-def atlas() -> AnnData:
-    return simatlas.atlas(
-        300, 80, seed=1, lineages=LINEAGES, n_batches=3, n_query_batches=1, depth=3000
-    )
+def atlas(small_atlas) -> AnnData:
+    return small_atlas.copy()
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +46,8 @@ def query(atlas) -> AnnData:
 
 @pytest.fixture(scope="module")
 def few() -> AnnData:
-    return simatlas.atlas(90, 30, seed=3, lineages=LINEAGES, n_batches=2)
+    lineages = {"A": {"A1": 30.0, "A2": 20.0}, "B": {"B1": 30.0, "B2": 20.0}}
+    return simatlas.atlas(90, 30, seed=3, lineages=lineages, n_batches=2)
 
 
 def config(**changes) -> ScAtlasVAEConfig:
