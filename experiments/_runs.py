@@ -86,3 +86,29 @@ def add(
     finally:
         os.close(folder)
     print(path.name, f"{len(rows)} rows", flush=True)
+
+
+def stands(
+    script: str, name: str, seed: int, adata: AnnData, config: Config, args: Any
+) -> bool:
+    """Say whether the record has the seed, made by this code from these cells."""
+    path = records.record_path(Path(script).stem, args.dataset, name, args.results_dir)
+    if not path.is_file():
+        return False
+    old = json.loads(path.read_text())
+    made = old["provenance"]
+    same = {
+        "data_hash": data_hash(adata),
+        "code_hash": records.code_hash(made["modules"]),
+        "script": hashlib.sha256(Path(script).read_bytes()).hexdigest()[:12],
+        "profile": args.profile,
+        "threads": args.threads,
+        "device_type": training.resolve_device(args.device).type,
+    }
+    fits = same.items() <= made.items() and old["config"] == config.to_dict()
+    return fits and seed in {row["seed"] for row in old["rows"]}
+
+
+def short(value: Any) -> Any:
+    """Return numbers with five digits: more would not repeat elsewhere."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value

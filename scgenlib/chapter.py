@@ -317,6 +317,32 @@ def _refuse(value: Any) -> typing.NoReturn:
     raise ValueError(value)
 
 
+def _check_perturbed(dataset: str) -> None:
+    """Raise a DataError if the data set says of no cell how it was perturbed."""
+    from scgenlib import datasets
+    from scgenlib.h5ad import condition_column, obs_columns
+
+    found: str | list[str] = "no such column in its manifest"
+    if dataset.startswith("simulated:"):
+        found = "types only: simulated:<name> draws no perturbation"
+    elif dataset.endswith(".h5ad"):
+        found = obs_columns(Path(dataset))
+        if not found or condition_column(found):
+            return
+    elif datasets.has_perturbation(dataset):
+        return
+    raise DataError(
+        message(
+            f"Data set {dataset!r} has no perturbation: no column says which cells are"
+            " controls and what was done to the others",
+            found=found,
+            allowed=f"data sets that have: {', '.join(datasets.names(task='regina'))}",
+            do="Your own .h5ad needs obs['perturbation'] or obs['condition'], with"
+            " names such as 'ctrl', 'STAT1' and 'STAT1+IRF1'.",
+        )
+    )
+
+
 def check_dataset(dataset: str, task: str) -> None:
     """Raise a DataError unless `dataset` can be loaded and serves `task`."""
     from scgenlib import datasets
@@ -333,6 +359,8 @@ def check_dataset(dataset: str, task: str) -> None:
             )
         if not dataset.endswith(".h5ad") and inner not in datasets.names():
             raise unknown("data set", inner, datasets.names(), error=DataError)
+        if task == "regina":
+            _check_perturbed(dataset)
         return
     manifest = dataset.endswith((".yml", ".yaml"))
     if manifest and not Path(dataset).is_file():
@@ -347,6 +375,8 @@ def check_dataset(dataset: str, task: str) -> None:
         )
     if task in datasets.card(dataset).get("tasks", ()):
         return
+    if task == "regina":
+        _check_perturbed(dataset)
     raise DataError(
         message(
             f"Data set {dataset!r} does not serve this chapter's task {task!r}",

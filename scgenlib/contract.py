@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scgenlib.conditions import canonical
 from scgenlib.errors import DataError, message, unknown
 from scgenlib.preprocess import value_scale
 
 __all__ = [
+    "as_conditions",
     "as_labels",
     "card_of",
     "check_anndata",
@@ -44,12 +46,29 @@ def as_labels(column: pd.Series) -> pd.Series:
     return values.where(column.isna(), values.astype(str)).astype("category")
 
 
+def as_conditions(column: pd.Series) -> pd.Series:
+    """Return `as_labels` of a column of conditions, as "ctrl", "A" and "A+B".
+
+    What cannot be the name of a condition is kept for `conditions` to refuse: only a
+    method that reads conditions need care.
+    """
+    labels = as_labels(column)
+    names = {}
+    for label in labels.cat.categories:
+        try:
+            names[label] = canonical([label])[0]
+        except DataError:
+            names[label] = label
+    return as_labels(labels.astype(object).map(names))
+
+
 def check_anndata(
     adata: ad.AnnData,
     *,
     label_key: str | None = None,
     need_counts: bool = False,
     min_cells: int = 2,
+    min_classes: int = 2,
 ) -> None:
     """Check the data contract.
 
@@ -59,12 +78,13 @@ def check_anndata(
         Cells x genes, X log1p-normalised unless the card calls it coordinates. A
         gene without expression is allowed, a cell is not.
     label_key
-        Column that must exist, be complete and have two or more classes. None: not
-        checked.
+        Column that must exist and be complete. None: not checked.
     need_counts
         Ask for whole numbers in `layers["counts"]`.
     min_cells
         Fewest cells that will do.
+    min_classes
+        Fewest classes in `label_key` that will do.
 
     Raises
     ------
@@ -82,7 +102,7 @@ def check_anndata(
     if need_counts:
         check_counts(adata)
     if label_key is not None:
-        _check_labels(adata.obs, label_key)
+        _check_labels(adata.obs, label_key, min_classes)
 
 
 def check_shape(adata: ad.AnnData, min_cells: int = 2) -> None:
@@ -204,7 +224,7 @@ def check_counts(adata: ad.AnnData) -> None:
     )
 
 
-def _check_labels(obs: pd.DataFrame, label_key: str) -> None:
+def _check_labels(obs: pd.DataFrame, label_key: str, min_classes: int) -> None:
     if label_key not in obs:
         raise unknown("label column", label_key, obs.columns, error=DataError)
     labels = obs[label_key]
@@ -218,7 +238,7 @@ def _check_labels(obs: pd.DataFrame, label_key: str) -> None:
                 f"{_IN_A_FILE}.",
             )
         )
-    if labels.nunique() < 2:
+    if labels.nunique() < min_classes:
         raise DataError(
             message(
                 f"The label column {label_key!r} has one class only",

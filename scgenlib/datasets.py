@@ -20,7 +20,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from scgenlib.contract import as_labels, check_anndata
+from scgenlib.contract import as_conditions, as_labels, check_anndata
 from scgenlib.download import download
 from scgenlib.errors import (
     DataError,
@@ -34,7 +34,16 @@ from scgenlib.errors import unknown as unknown_error
 from scgenlib.preprocess import normalise
 from scgenlib.words import say
 
-__all__ = ["card", "check_anndata", "fetch", "list", "load", "names", "verify"]
+__all__ = [
+    "card",
+    "check_anndata",
+    "fetch",
+    "has_perturbation",
+    "list",
+    "load",
+    "names",
+    "verify",
+]
 
 _HERE = Path(__file__).resolve().parent
 # Columns of obs that a manifest may name, beside the labels.
@@ -244,6 +253,11 @@ def names(task: str | None = None) -> builtins.list[str]:
     return [n for n, m in _manifests().items() if task is None or task in m["tasks"]]
 
 
+def has_perturbation(name: str | Path) -> bool:
+    """Say whether the manifest of a data set names a column of perturbations."""
+    return "perturbation" in _manifest(name)[0]
+
+
 # --- files -------------------------------------------------------------------------
 
 
@@ -415,7 +429,8 @@ def load(
     -------
     AnnData
         X is CSR float32, log1p-normalised; `layers["counts"]` only if the values
-        really are counts; `obs["cell_type"]` categorical; `uns["dataset"]` the card.
+        really are counts; `obs["cell_type"]` categorical; `obs["perturbation"]`, if
+        known, with the names "ctrl", "A" and "A+B"; `uns["dataset"]` the card.
 
     Raises
     ------
@@ -427,6 +442,7 @@ def load(
         If a file cannot be had or has the wrong checksum.
     """
     from scgenlib.simatlas import atlas
+    from scgenlib.simperturb import screen
     from scgenlib.simulate import simulate, simulate_like
 
     inner, simulated = _plain(name)
@@ -447,6 +463,7 @@ def load(
             draws: dict[str, Callable[..., ad.AnnData]] = {
                 "cells": simulate,
                 "atlas": atlas,
+                "screen": screen,
             }
             kind = options.pop("kind", "cells")
             if kind not in draws:
@@ -457,7 +474,9 @@ def load(
         else:
             adata = _from_files(manifest, beside, data_dir, label_key)
         _compare(adata, manifest, own_labels=label_key is None)
-    check_anndata(adata, label_key="cell_type")
+    # A screen is often of one cell line; methods that need types ask for them again.
+    few = 1 if simulated or "perturbation" in adata.obs else 2
+    check_anndata(adata, label_key="cell_type", min_classes=few)
     if verbose:
         say(_line(adata))
     return adata
@@ -522,6 +541,8 @@ def _from_files(
     adata.obs["cell_type"] = as_labels(adata.obs["cell_type"])
     for key in {*_COLUMNS} & {*adata.obs}:
         adata.obs[key] = as_labels(adata.obs[key])
+    if "perturbation" in adata.obs:
+        adata.obs["perturbation"] = as_conditions(adata.obs["perturbation"])
     adata.uns["dataset"] = _card_of(manifest)
     _use_label(adata, label_key)
     return adata
@@ -577,9 +598,13 @@ def _line(adata: ad.AnnData) -> str:
     else:
         origin = f"{facts['citation']}; {facts['licence']}"
     warning = "" if facts["verified"] else "; NOT VERIFIED (no checksum, see its notes)"
+    n_types = adata.obs["cell_type"].nunique()
+    kinds = f"{n_types} type{'s' * (n_types != 1)}"
+    if "perturbation" in adata.obs:
+        kinds += f", {adata.obs['perturbation'].nunique()} conditions"
     return (
         f"{facts['name']}: {adata.n_obs:,} cells x {adata.n_vars:,} genes,"
-        f" {adata.obs['cell_type'].nunique()} types, {what}; {origin}{warning}"
+        f" {kinds}, {what}; {origin}{warning}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scgenlib.contract import as_labels, check_anndata, check_shape
+from scgenlib.contract import as_conditions, as_labels, check_anndata, check_shape
 from scgenlib.errors import DataError, message, unknown
 from scgenlib.preprocess import normalise, select_genes, value_scale
+from scgenlib.readers import unique_names
 
-__all__ = ["load_h5ad"]
+__all__ = ["condition_column", "load_h5ad", "obs_columns"]
 
 _TARGET_SUM = 1e4
 
@@ -77,6 +79,49 @@ def _clusters(adata: ad.AnnData) -> pd.Series:
             work, flavor="igraph", n_iterations=2, directed=False, random_state=0
         )
     return "cluster " + work.obs["leiden"].astype(str)
+
+
+def condition_column(columns: Collection[str]) -> str | None:
+    """Return the column of `obs` that says how cells were perturbed, if any does."""
+    return next((c for c in ("perturbation", "condition") if c in columns), None)
+
+
+def obs_columns(path: Path) -> list[str]:
+    """Return the columns of `obs` of an .h5ad file, without reading it.
+
+    Empty for a file that is none: `load_h5ad` says what is wrong with it.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path) as file:
+            obs = file["obs"]
+            names = list(obs) if isinstance(obs, h5py.Group) else obs.dtype.names
+            return [n for n in names if n != "index" and not n.startswith("_")]
+    except (OSError, KeyError):
+        return []
+
+
+def _name_conditions(adata: ad.AnnData, verbose: bool) -> None:
+    """Add `obs["perturbation"]`; name the genes as the perturbations name theirs."""
+    column = condition_column(adata.obs.columns)
+    if column is None:
+        return
+    adata.obs["perturbation"] = as_conditions(adata.obs[column])
+    names = adata.obs["perturbation"].cat.categories
+    if verbose:
+        print(f"obs['perturbation'] is {column!r}: {len(names)} conditions")
+    if "gene_name" not in adata.var:
+        return
+    # As GEARS keeps them: identifiers in the index, symbols in a column.
+    symbols = adata.var["gene_name"].astype(object)
+    symbols = symbols.where(symbols.notna(), adata.var_names).astype(str)
+    targets = {gene for name in names for gene in name.split("+")}
+    if len(targets & {*symbols}) > len(targets & {*adata.var_names}):
+        adata.var["gene_id"] = adata.var_names.to_numpy()
+        adata.var_names = unique_names([*symbols])
+        if verbose:
+            print("var['gene_name'] names the genes, as the conditions do")
 
 
 def load_h5ad(path: Path, label_key: str | None, verbose: bool) -> ad.AnnData:
@@ -150,9 +195,9 @@ def load_h5ad(path: Path, label_key: str | None, verbose: bool) -> ad.AnnData:
             f" for cell types. Pass label_key{hint} to use known labels."
         )
     adata.obs["cell_type"] = as_labels(labels)
-    for column in ("batch", "perturbation"):
-        if column in adata.obs:
-            adata.obs[column] = as_labels(adata.obs[column])
+    if "batch" in adata.obs:
+        adata.obs["batch"] = as_labels(adata.obs["batch"])
+    _name_conditions(adata, verbose)
     sizes = adata.obs["cell_type"].value_counts()
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()

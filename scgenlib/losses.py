@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "centre_loss",
     "class_weights",
     "discriminator_loss",
     "gaussian_kl",
     "generator_loss",
     "gradient_penalty",
     "kl_to_standard_normal",
+    "least_squares_gan_losses",
     "masked_mse",
     "mixture_kl",
     "nt_xent",
@@ -384,3 +386,50 @@ def rbf_mmd(x: Tensor, y: Tensor, bandwidths: tuple[float, ...] = BANDWIDTHS) ->
     pairs = ((x, x), (y, y), (x, y))
     own, other, cross = (rbf_kernel(a, b, bandwidths).mean() for a, b in pairs)
     return (own + other - 2 * cross).clamp_min(0.0)
+
+
+def least_squares_gan_losses(
+    real: Tensor | None = None,
+    fake: Tensor | None = None,
+    real_target: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Least-squares losses of a discriminator and of its generator.
+
+    .. math:: L_D = \\frac12 (E[(D(x) - t)^2] + E[D(G(z))^2]), \\quad
+              L_G = E[(D(G(z)) - 1)^2]
+
+    Parameters
+    ----------
+    real, fake
+        Scores without a sigmoid, any shape. One left out adds nothing.
+    real_target
+        The target t of real cells; below 1 it is one-sided label smoothing.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        L_D and L_G.
+    """
+    zero = torch.zeros(())
+    of_real = zero if real is None else (real - real_target).square().mean()
+    of_fake = zero if fake is None else fake.square().mean()
+    fooled = zero if fake is None else (fake - 1.0).square().mean()
+    return 0.5 * (of_real + of_fake), fooled
+
+
+def centre_loss(z: Tensor, codes: Tensor, centres: Tensor) -> Tensor:
+    """Squared distance of each code to the centre of its class.
+
+    .. math:: \\frac{1}{n} \\sum_c ||z_c - \\mu_{y_c}||^2
+
+    It pulls codes to their centre and centres to their codes; nothing in it pushes two
+    centres apart. It is a sum over dimensions, so it grows with their number.
+
+    Parameters
+    ----------
+    z, centres
+        Shape (n_cells, d) and (n_classes, d).
+    codes
+        Class of each cell, shape (n_cells,).
+    """
+    return (z - centres[codes]).square().sum(1).mean()

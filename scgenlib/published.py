@@ -22,20 +22,23 @@ from scgenlib.dropout import Entries, Parameters, dropout_probability
 from scgenlib.errors import ConfigError, message, unknown
 from scgenlib.garage import seed_count
 from scgenlib.nets import mlp
+from scgenlib.regina import REGINAConfig
 from scgenlib.scgacl import ScGACL, ScGACLConfig
 from scgenlib.vaegan import Encoder
 
 __all__ = [
-    "SCGAN_PARAMETERS",
     "Discriminator",
+    "SCGAN_PARAMETERS",
     "ScGACLAsPublished",
     "degree_scores",
     "edge_index_scores",
     "generated_sizes",
     "lowest_fano_genes",
     "misaligned_scores",
+    "padded_mse",
     "plain_densities",
     "rare_utility_sizes",
+    "regina_config",
     "scgacl_config",
     "scgacl_dropout",
     "scgan_config",
@@ -386,3 +389,70 @@ def scgacl_config(published: Mapping[str, Any], **overrides: Any) -> ScGACLConfi
             raise unknown("entry of the configuration", name, [*known, "N_CLASS"])
         values[known[name]] = value
     return ScGACLConfig.published(**{**values, **overrides})
+
+
+def regina_config(published: Mapping[str, Any], **overrides: Any) -> REGINAConfig:
+    """Read the published settings of REGINA for one data set.
+
+    Dudgit/single_cell, commit c194977, ``config.yaml``: the entry of a data set, with
+    or without its nested ``model_kwargs``. What it says of the data (paths, keys,
+    classes, sizes of the padding) is left out. What runs is `REGINAConfig.published`
+    with these values.
+
+    Parameters
+    ----------
+    published
+        Names and values.
+    **overrides
+        Fields to set in place of these.
+
+    Raises
+    ------
+    ConfigError
+        A name is unknown.
+    """
+    names = {name.rpartition(".")[2]: v for name, v in _flat(published)}
+    known = {
+        "reconFactr": ("w_rec", "w_pair"),
+        "lossRegFactr": ("w_reg",),
+        "lossClassFactr": ("w_class",),
+        "lossLatentFactr": ("w_cons",),
+        "centerFactr": ("w_centre",),
+        "lossCycleFactr": ("w_cycle",),
+        "adversarialFactr": ("w_adv",),
+        "seq_len": ("n_tokens",),
+        "max_epochs": ("max_epochs", "phase_2_epochs"),
+        **{name: (name,) for name in _SAME_IN_REGINA},
+    }
+    values: dict[str, Any] = {}
+    for name, value in names.items():
+        if name in _NOT_IN_REGINA:
+            continue
+        if name not in known:
+            raise unknown("entry of the configuration", name, [*known, *_NOT_IN_REGINA])
+        values |= dict.fromkeys(known[name], value)
+    values |= overrides
+    if "centerFactr" in names and "w_centre" not in overrides:
+        # Published as a weight of the sum over the code, here of its mean.
+        values["w_centre"] *= values.get("z_dim", REGINAConfig().z_dim)
+    return REGINAConfig.published(**values)
+
+
+_SAME_IN_REGINA = (
+    *("batch_size", "d_model", "n_layers", "n_heads", "z_dim"),
+    "silence_val",
+)
+_NOT_IN_REGINA = (
+    *("perturb_key", "ctrl_key", "num_paddings", "input_dim", "n_real_genes"),
+    *("classes", "class_names"),
+)
+
+
+def padded_mse(made: Tensor, x: Tensor, n_tokens: int) -> Tensor:
+    """Squared error over genes and padding, as published phase 2 has it.
+
+    Dudgit/single_cell, commit c194977. The padding adds nothing to the sum and counts
+    in the mean, so the error is smaller by the share of padding.
+    """
+    width = -(-x.shape[1] // n_tokens)
+    return (made - x).square().sum() / (len(x) * width * n_tokens)

@@ -11,6 +11,7 @@ import gzip
 import io
 import re
 import tarfile
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scgenlib.errors import DataError, message
+from scgenlib.preprocess import value_scale
 
 __all__ = ["READERS", "unique_names"]
 
@@ -123,6 +125,18 @@ def _r_names(obj: Any) -> list[list[str]]:
     return [_r_strings(part) if part.value else [] for part in obj.value]
 
 
+def _r_sparse(obj: Any) -> tuple[sp.csc_matrix, list[str], list[str]]:
+    """Return a dgCMatrix or dgTMatrix, with the names of its rows and columns."""
+    matrix = _r_attributes(obj)
+    shape = tuple(int(n) for n in matrix["Dim"].value)
+    x, rows = matrix["x"].value, matrix["i"].value
+    if "j" in matrix:
+        values = sp.coo_matrix((x, (rows, matrix["j"].value)), shape).tocsc()
+    else:
+        values = sp.csc_matrix((x, rows, matrix["p"].value), shape)
+    return (values, *_r_names(matrix["Dimnames"]))
+
+
 def _r_objects(path: Path) -> dict[str, Any]:
     import rdata
 
@@ -178,12 +192,7 @@ def rda_list(paths: list[Path], options: Options) -> ad.AnnData:
     two identifiers share one; `var["gene_id"]` keeps the identifiers.
     """
     parts = _r_list(_r_objects(paths[0])[options["object"]])
-    matrix = _r_attributes(parts[options["counts"]])
-    cells, columns = _r_names(matrix["Dimnames"])
-    counts = sp.csc_matrix(
-        (matrix["x"].value, matrix["i"].value, matrix["p"].value),
-        shape=(len(cells), len(columns)),
-    )
+    counts, cells, columns = _r_sparse(parts[options["counts"]])
     genes = _r_frame(parts[options["genes"]])
     if [str(g) for g in genes[options["gene_id"]]] != columns:
         raise DataError("The frame of genes does not follow the matrix's columns.")
@@ -217,17 +226,39 @@ def rda_log1p(paths: list[Path], options: Options) -> ad.AnnData:
     `annotation`, their names in the two files; `cells`, the annotation's column of cell
     names; `library` and `target_sum`.
     """
-    matrix = _r_attributes(_r_objects(paths[0])[options["object"]])
-    genes, cells = _r_names(matrix["Dimnames"])
+    X, genes, cells = _r_sparse(_r_objects(paths[0])[options["object"]])
     obs = _r_frame(_r_objects(paths[1])[options["annotation"]])
     obs = obs.set_index(options["cells"])
     if list(obs.index) != cells:
         raise DataError("The annotation's rows are not the matrix's cells.")
-    X = sp.csc_matrix(
-        (matrix["x"].value, matrix["i"].value, matrix["p"].value),
-        shape=(len(genes), len(cells)),
-    )
     return _with_counts(_anndata(X.T, obs, genes), options)
+
+
+def rda_guides(paths: list[Path], options: Options) -> ad.AnnData:
+    """Read a screen: genes x cells, guides x cells, and the target of each guide.
+
+    A cell's target is that of its guide with the most molecules, the first of several.
+    Options: `object`, and the names in it of `counts`, `guides`, `targets` (a frame of
+    guide and target) and `covariates` (a frame of the cells); `obs`, values that are
+    the same for all cells. Adds `obs` "target", "guide", "guide_count" and
+    "guide_share", the share of the cell's guide molecules that are this guide's.
+    """
+    parts = _r_list(_r_objects(paths[0])[options["object"]])
+    counts, genes, cells = _r_sparse(parts[options["counts"]])
+    guides, names, _ = _r_sparse(parts[options["guides"]])
+    known = _r_frame(parts[options["targets"]])
+    target = dict(zip(known.iloc[:, 0], known.iloc[:, 1], strict=True))
+    obs = _r_frame(parts[options["covariates"]])
+    shapes = {counts.shape[1], guides.shape[1], len(obs)}
+    if len(shapes) > 1 or not {*names} <= {*target}:
+        raise DataError("The parts do not have the same cells, or a guide no target.")
+    obs.index = pd.Index(cells or [f"cell{i + 1}" for i in range(len(obs))])
+    top = np.asarray(guides.argmax(axis=0)).ravel()
+    obs["guide"] = np.array(names, dtype=object)[top]
+    obs["target"] = obs["guide"].map(target)
+    obs["guide_count"] = guides.max(axis=0).toarray().ravel()
+    obs["guide_share"] = obs["guide_count"] / np.asarray(guides.sum(axis=0)).ravel()
+    return _anndata(counts.T, obs.assign(**options.get("obs", {})), genes)
 
 
 # --- other layouts -----------------------------------------------------------------
@@ -469,6 +500,45 @@ def h5ad_0_6_log1p(paths: list[Path], options: Options) -> ad.AnnData:
     return _with_counts(_anndata(X, obs, list(genes)), options)
 
 
+def h5ad_log1p(paths: list[Path], options: Options) -> ad.AnnData:
+    """Read an .h5ad whose X is log1p of normalised counts, which it does not hold."""
+    stored = ad.read_h5ad(paths[0])
+    return _anndata(stored.X, stored.obs, list(stored.var_names))
+
+
+def h5ad_gears(paths: list[Path], options: Options) -> ad.AnnData:
+    """Read GEARS' `perturb_processed.h5ad`, bare or in a zip archive.
+
+    See `layouts.from_gears` for the layout. A layer "counts" is kept if it holds
+    counts.
+    """
+    from scgenlib.layouts import from_gears
+
+    path, inside = paths[0], "perturb_processed.h5ad"
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # files of older formats read well
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                found = [n for n in archive.namelist() if n.split("/")[-1] == inside]
+                if len(found) != 1:
+                    raise DataError(
+                        message(
+                            f"{path.name} is not an archive of GEARS",
+                            found=", ".join(archive.namelist()[:5]),
+                            allowed=f"one file {inside}",
+                        )
+                    )
+                path = Path(archive.extract(found[0], folder))
+        stored = ad.read_h5ad(path)
+    stored.uns.clear()  # tables of marker genes, larger than the cells
+    counts = stored.layers.get("counts")
+    stored.layers.clear()
+    adata = from_gears(stored)
+    if counts is not None and value_scale(counts) == "counts":
+        adata.layers["counts"] = sp.csr_matrix(counts, dtype=np.float32)
+    return adata
+
+
 READERS: dict[str, Callable[[list[Path], Options], ad.AnnData]] = {
     reader.__name__: reader
     for reader in (
@@ -477,6 +547,7 @@ READERS: dict[str, Callable[[list[Path], Options], ad.AnnData]] = {
         rda_list,
         rda_list_frame,
         rda_log1p,
+        rda_guides,
         h5_counts_csv_labels,
         zip_csv,
         text_table,
@@ -486,5 +557,7 @@ READERS: dict[str, Callable[[list[Path], Options], ad.AnnData]] = {
         tar_mtx,
         h5ad_raw_log1p,
         h5ad_0_6_log1p,
+        h5ad_log1p,
+        h5ad_gears,
     )
 }

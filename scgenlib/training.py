@@ -49,6 +49,7 @@ __all__ = [
     "progress_bar",
     "resolve_device",
     "set_seed",
+    "stop_rising",
     "tensorboard",
 ]
 
@@ -365,6 +366,31 @@ def early_stop(term: str, patience: int, phase: str | None = None) -> Callback:
             if name == event.phase and kind == term
         ]
         return len(values) > patience and min(values[-patience:]) > min(values)
+
+    return check
+
+
+def stop_rising(term: str, patience: int, phase: str) -> Callback:
+    """Return a callback that ends a phase when a term rises again and again.
+
+    Parameters
+    ----------
+    term
+        A term that is logged now and then, as after an epoch.
+    patience
+        Number of rises in a row.
+    """
+
+    def check(event: Event) -> bool:
+        log = event.history
+        # Only when the term is new.
+        new = term in log.term[-20:] and log.step[-1] == event.step
+        if event.phase != phase or not new:
+            return False
+        entries = zip(log.phase, log.term, log.value, strict=True)
+        last = [v for p, name, v in entries if p == phase and name == term]
+        last = last[-patience - 1 :]
+        return len(last) > patience and bool(np.all(np.diff(last) > 0))
 
     return check
 

@@ -54,6 +54,7 @@ def registry(monkeypatch):
     fake = types.ModuleType("scgenlib.datasets")
     fake.names = lambda task=None: [n for n in tasks if not task or task in tasks[n]]
     fake.card = lambda name: {"name": name, "tasks": tasks[name]}
+    fake.has_perturbation = lambda name: name == "atlas"
 
     def load(name):
         import anndata
@@ -236,6 +237,39 @@ def test_bad_dataset(namespace, registry, tmp_path, dataset, text):
     with pytest.raises(DataError, match=text):
         chapter.start(namespace, "demo")
     assert not (tmp_path / "never").exists()
+
+
+def test_a_screen_is_asked_for(registry, tmp_path):
+    import anndata
+
+    with pytest.raises(DataError, match="'pollen' has no perturbation.*STAT1.IRF1"):
+        chapter.check_dataset("pollen", "regina")
+    with pytest.raises(DataError, match="'simulated:atlas' has no pert.*draws no pert"):
+        chapter.check_dataset("simulated:atlas", "regina")
+    with pytest.raises(DataError, match="'atlas' does not serve.*'regina'"):
+        chapter.check_dataset("atlas", "regina")
+    path = tmp_path / "mine.h5ad"
+    cells = anndata.AnnData(np.ones((4, 2), np.float32))
+    for column, pattern in (
+        ("treated", "no perturbation.*Found: .'treated'.*data sets that have: "),
+        ("condition", None),
+        ("perturbation", None),
+    ):
+        cells.obs = pd.DataFrame({column: list("abab")}, index=cells.obs_names)
+        cells.write_h5ad(path)
+        chapter.check_dataset(str(path), "demo")
+        if pattern is None:
+            chapter.check_dataset(str(path), "regina")
+            continue
+        with pytest.raises(DataError, match=pattern):
+            chapter.check_dataset(str(path), "regina")
+
+
+def test_the_public_screens_are_named():
+    with pytest.raises(DataError, match="simulated_screen, kang, norman_subset, papal"):
+        chapter.check_dataset("pollen", "regina")
+    for name in ("simulated_screen", "papalexi", "norman"):
+        chapter.check_dataset(name, "regina")
 
 
 def test_simulated_twin_needs_no_task(namespace, registry):

@@ -23,7 +23,7 @@ import pytest
 import scipy.sparse as sp
 import yaml
 
-from scgenlib import datasets, download, readers
+from scgenlib import datasets, download, h5ad, readers
 from scgenlib.contract import as_labels, card_of
 from scgenlib.errors import DataError, DownloadError, ManifestError, OutputError
 from scgenlib.preprocess import filter_genes
@@ -49,6 +49,7 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+GEARS = ["adamson", "dixit", "norman"]
 DESIGNS = [
     *("RNAmix_celseq2", "RNAmix_sortseq"),
     *("cellmix1", "cellmix2", "cellmix3", "cellmix4", "cellmix5"),
@@ -62,10 +63,11 @@ DESIGNS = [
 
 def test_list_and_names():
     table = datasets.list()
-    embedded = ["pbmc68k_reduced", "simulated", "simulated_atlas"]
-    assert table["name"].tolist()[:3] == embedded
+    embedded = ["pbmc68k_reduced", "simulated", "simulated_atlas", "simulated_screen"]
+    assert table["name"].tolist()[:4] == embedded
     assert set(table["name"]) == {
         *("kang", "pancreas", "pbmc_3batches", "simulated_atlas"),
+        *("simulated_screen", "papalexi", "norman_subset", *GEARS),
         *(f"batch_sim/dropout_{share}" for share in ("005", "025")),
         *("pbmc68k_reduced", "simulated", "pollen", "yan", "cbmc", "baron_mouse"),
         *("pbmc_facs", "muraro", "pbmc68k", "scgacl_sim", "deng"),
@@ -73,9 +75,12 @@ def test_list_and_names():
     }
     row = table.set_index("name").loc["pollen"]
     assert (row["cells"], row["genes"], row["types"]) == (299, 23702, 11)
-    assert table.loc[~table["verified"], "name"].tolist() == ["muraro", "pbmc68k"]
+    unverified = [*GEARS, "muraro", "pbmc68k"]
+    assert {*table.loc[~table["verified"], "name"]} == {*unverified}
     assert "pbmc68k" not in datasets.names("garage")
-    assert datasets.names("regina") == []
+    screens = ["simulated_screen", "kang", "norman_subset", "papalexi", *GEARS]
+    assert datasets.names("regina") == screens
+    assert [n for n in datasets.names() if datasets.has_perturbation(n)] == screens[1:]
 
 
 def test_scgacl_gets_counts_only():
@@ -92,8 +97,9 @@ def test_scgacl_gets_counts_only():
 def test_scatlasvae_gets_counts_with_or_without_batches():
     served = datasets.names("scatlasvae")
     assert {"simulated_atlas", "pancreas", "kang", "cbmc"} <= {*served}
-    # Not molecules; fractions of molecules; no file to check; 21 wells.
-    others = {"yan", "muraro", "pbmc68k", "sc_mixology/cellmix5"}
+    # Screens; not molecules; fractions of molecules; no file to check; 21 wells.
+    screens = {*datasets.names("regina")} - {"kang"}
+    others = screens | {"yan", "muraro", "pbmc68k", "sc_mixology/cellmix5"}
     assert {*served} == {*datasets.names()} - others
 
 
@@ -252,6 +258,14 @@ FIGURES = {
         *(1975, 6998, 643449, 2156428.0, 2407.0, 1391.0, 954.0),
         *("AL627309.1", "S100B", "TGCTGAGATGCTAG-1-control"),
     ),
+    "papalexi": (
+        *(20729, 299, 1390126, 4299765.0, 278.0, 212.0, 238.0),
+        *("PCBP3", "NFKBIA", "cell1"),
+    ),
+    "norman_subset": (  # of the logarithms
+        *(5961, 500, 211790, 406134.543524, 6.9484967, 17.9657284, 201.9584333),
+        *("PERM1", "LINC00316", "TGGTTAGCACATCCGG-3"),
+    ),
     "sc_mixology/RNAmix_celseq2": (
         *(340, 14804, 2412406, 12908075.0, 2946.0, 54107.0, 20801.0),
         *("ENSG00000072858", "ENSG00000224934", "L19"),
@@ -338,7 +352,7 @@ def test_load_published_set(name):
     assert adata.obs["cell_type"].dtype == "category"
     sizes = {str(k): int(v) for k, v in adata.obs["cell_type"].value_counts().items()}
     assert sizes == card["label_counts"]
-    if name == "yan":
+    if name in ("yan", "norman_subset"):
         assert "counts" not in adata.layers
         return
     counts = adata.layers["counts"]
@@ -455,7 +469,8 @@ def test_batches_of_published_sets(name):
 @pytest.mark.data
 def test_batches_are_what_their_names_say():
     kang = published("kang").obs
-    assert (kang["perturbation"] == kang["batch"]).all()
+    known = kang["batch"].astype(str).replace("control", "ctrl")
+    assert (kang["perturbation"].astype(str) == known).all()
     assert kang.index.str.endswith("-control").sum() == 936
     assert (kang["batch"][kang.index.str.endswith("-control")] == "control").all()
     pancreas = published("pancreas")
@@ -469,6 +484,44 @@ def test_batches_are_what_their_names_say():
     blood = published("pbmc_3batches").obs
     prefix = {"3pv1": "threepv1", "3pv2": "threepfresh", "5p": "fivePrime"}
     assert (blood.index.str.split("_").str[0] == blood["batch"].map(prefix)).all()
+
+
+@pytest.mark.data
+def test_screens_have_their_conditions():
+    papalexi = published("papalexi")
+    sizes = papalexi.obs["perturbation"].value_counts()
+    found = {name: int(sizes[name]) for name in ("ctrl", "IFNGR1", "STAT1", "SPI1")}
+    assert found == {"ctrl": 2386, "IFNGR1": 1341, "STAT1": 444, "SPI1": 48}
+    assert len(sizes) == 26 and sizes.sum() == 20729
+    assert len({*sizes.index} & {*papalexi.var_names}) == 9
+    batches = papalexi.obs["batch"].value_counts().to_dict()
+    assert batches == {"rep_1": 9428, "rep_2": 6001, "rep_3": 5300}
+    # What the card says about the guides.
+    share = papalexi.obs["guide_share"]
+    assert share.median() == 0.9375 and share.max() == 1.0
+    assert "94 % of the guide molecules" in papalexi.uns["dataset"]["notes"]
+    guides = papalexi.obs.drop_duplicates("guide")
+    assert len(guides) == 107  # of 110; three are nowhere the top one
+    named = guides[guides["target"] != "non-targeting"]
+    assert (named["guide"].str.split("g").str[0] == named["target"]).all()
+    # Biology: without the receptor, interferon's genes are lower.
+    low, high = (
+        papalexi.X[(papalexi.obs["perturbation"] == name).to_numpy()].mean(0)
+        for name in ("IFNGR2", "ctrl")
+    )
+    for gene in ("STAT1", "PSMB9", "JAK2", "UBE2L6"):
+        at = papalexi.var_names.get_loc(gene)
+        assert low[0, at] < high[0, at]
+    norman = published("norman_subset")
+    table = pd.crosstab(norman.obs["perturbation"], norman.obs["cell_type"])
+    is_k562 = table["K562"] > 0
+    assert is_k562.sum() == 34 and is_k562.index.str.contains(r"\+").sum() == 15
+    assert table["K562"][["ctrl", "KLF1+SET", "PLK4"]].tolist() == [100, 100, 95]
+    rest = table.drop(columns="K562").sum(axis=1)
+    assert (rest > 0).sum() == 10
+    assert rest[["ctrl", "SGK1", "PLK4"]].tolist() == [300, 300, 177]
+    activated = pd.crosstab(norman.obs["perturbation_type"], norman.obs["batch"])
+    assert activated.loc["CRISPRa"].tolist() == [0, 3375]
 
 
 @pytest.mark.data
@@ -798,12 +851,12 @@ def test_manifest_names_batch_and_perturbation(tmp_path):
     manifest["files"][0]["sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
     manifest["labels"]["keep"] = {"drug": ["no", "yes"]}
     manifest["batch"] = {"column": "lab", "rename": {"1": "Ulm"}}
-    manifest["perturbation"] = {"column": "drug"}
+    manifest["perturbation"] = {"column": "drug", "rename": {"no": "Vehicle"}}
     adata = datasets.load(write(tmp_path, manifest, buffer.getvalue()))
     # The cell without a laboratory has no batch; unused categories are gone.
     assert adata.obs["batch"].isna().tolist() == [False, True, False]
     assert adata.obs["batch"].cat.categories.tolist() == ["2", "Ulm"]
-    assert adata.obs["perturbation"].tolist() == ["no", "yes", "yes"]
+    assert adata.obs["perturbation"].tolist() == ["ctrl", "yes", "yes"]
     assert adata.obs["perturbation"].dtype == "category"
     assert not {"batch", "perturbation"} & {*adata.uns["dataset"]}
     manifest["batch"]["column"] = "labs"
@@ -823,6 +876,74 @@ def test_stages_layout(tmp_path):
     np.testing.assert_array_equal(adata.X.toarray(), [[3, 0], [1, 5]])
     assert adata.obs["stage_order"].tolist() == [1, 0]
     assert adata.obs["label"].tolist() == ["late", "early"]
+
+
+def in_gears_layout(path: Path) -> Path:
+    """Write six cells x three genes as GEARS does, with what its files also hold."""
+    counts = np.array(
+        [[4, 0, 1], [2, 2, 0], [0, 3, 1], [5, 0, 2], [1, 1, 0], [0, 0, 3]]
+    )
+    adata = ad.AnnData(
+        np.log1p(counts / counts.sum(1, keepdims=True) * 1e4).astype(np.float32),
+        obs=pd.DataFrame(
+            {
+                "condition": ["ctrl", "KLF1+ctrl", "ctrl+KLF1", "SET+KLF1", "ctrl"]
+                + ["KLF1+SET"],
+                "cell_type": "K562(?)",
+                "control": [1, 0, 0, 0, 1, 0],
+            },
+            index=[f"c{i}" for i in range(6)],
+        ),
+        var=pd.DataFrame(
+            {"gene_name": ["KLF1", "SET", "SET"]}, index=["ENSG1", "ENSG2", "ENSG3"]
+        ),
+        layers={"counts": counts.astype(np.float32)},
+        uns={
+            "rank_genes_groups_cov_all": {"K562(?)_SET+KLF1_1+1": np.array(["ENSG1"])}
+        },
+    )
+    adata.write_h5ad(path)
+    return path
+
+
+CONDITIONS = ["ctrl", "KLF1", "KLF1", "KLF1+SET", "ctrl", "KLF1+SET"]
+
+
+def test_gears_layout_bare_and_zipped(tmp_path):
+    bare = in_gears_layout(tmp_path / "bare.h5ad")
+    zipped = tmp_path / "zipped.zip"
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.write(bare, "norman/perturb_processed.h5ad")
+        archive.writestr("norman/go.csv", "source,target")
+        archive.writestr("__MACOSX/norman/._perturb_processed.h5ad", "no file of ours")
+    for path in (bare, zipped):
+        adata = readers.h5ad_gears([path], {})
+        assert adata.obs["perturbation"].tolist() == CONDITIONS
+        assert adata.var_names.tolist() == ["KLF1", "SET", "SET-1"]
+        assert adata.X.format == adata.layers["counts"].format == "csr"
+        assert adata.layers["counts"].toarray()[0].tolist() == [4, 0, 1]
+        assert dict(adata.uns) == {}
+    # What is called counts and is none is left out.
+    stored = ad.read_h5ad(bare)
+    stored.layers["counts"] = stored.X
+    stored.write_h5ad(bare)
+    assert "counts" not in readers.h5ad_gears([bare], {}).layers
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("norman/other.h5ad", "")
+    with pytest.raises(DataError, match="norman/other.h5ad.*one file perturb_proces"):
+        readers.h5ad_gears([zipped], {})
+
+
+@pytest.mark.parametrize("name", GEARS)
+def test_gears_manifests_read_what_they_describe(name, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    in_gears_layout(tmp_path / name / f"{name}.zip")  # bare, under the archive's name
+    adata = datasets.load(name, data_dir=tmp_path)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "n_cells is 6, not" in out and "NOT VERIFIED" in out
+    assert "6 cells x 3 genes, 1 type, 3 conditions" in out
+    assert adata.obs["perturbation"].tolist() == CONDITIONS
+    assert {*adata.obs["cell_type"]} == {"K562" if name == "adamson" else "K562(?)"}
 
 
 def test_unique_names_never_collide():
@@ -1184,6 +1305,52 @@ def test_h5ad_bad_input(cells, tmp_path, spoil, pattern):
     spoil(cells)
     with pytest.raises(DataError, match=pattern):
         datasets.load(save(cells, tmp_path))
+
+
+def test_h5ad_conditions_are_named_alike(cells, tmp_path, capsys):
+    names = np.resize(["DMSO", "STAT1+ctrl", "SET+KLF1", "KLF1+SET"], cells.n_obs)
+    cells.obs["condition"] = names
+    cells.obs["cell_type"] = "K562"  # one type will do
+    adata = datasets.load(save(cells, tmp_path))
+    assert "obs['perturbation'] is 'condition': 3 conditions" in capsys.readouterr().out
+    sizes = adata.obs["perturbation"].value_counts().to_dict()
+    assert sizes == {"KLF1+SET": 60, "ctrl": 30, "STAT1": 30}
+    assert adata.obs["condition"].tolist() == names.tolist()
+    with pytest.raises(DataError, match="one class only"):
+        datasets.check_anndata(adata, label_key="cell_type")
+    # A column of the right name comes first; gaps stay, and what is no condition too.
+    cells.obs["perturbation"] = np.resize(["NT", "CD4+", "B+A"], cells.n_obs)
+    cells.obs.loc[cells.obs_names[0], "perturbation"] = None
+    own = datasets.load(save(cells, tmp_path), verbose=False).obs["perturbation"]
+    assert capsys.readouterr().out == ""
+    assert own.cat.categories.tolist() == ["A+B", "CD4+", "ctrl"]
+    assert own.isna().sum() == 1 and (own == "ctrl").sum() == 39
+
+
+def test_h5ad_in_gears_layout_by_path(tmp_path, capsys):
+    path = in_gears_layout(tmp_path / "mine.h5ad")
+    adata = datasets.load(path)
+    assert "var['gene_name'] names the genes" in capsys.readouterr().out
+    assert adata.var_names.tolist() == ["KLF1", "SET", "SET-1"]
+    assert adata.var["gene_id"].tolist() == ["ENSG1", "ENSG2", "ENSG3"]
+    assert adata.obs["perturbation"].tolist() == CONDITIONS
+    # Symbols in the index stay, whatever a column of that name holds.
+    stored = ad.read_h5ad(path)
+    stored.var = pd.DataFrame(
+        {"gene_name": ["Kruppel-like factor 1", "SET", "other"]},
+        index=["KLF1", "SET", "X"],
+    )
+    stored.write_h5ad(path)
+    assert datasets.load(path, verbose=False).var_names.tolist() == ["KLF1", "SET", "X"]
+
+
+def test_columns_of_a_file_without_reading_it(cells, tmp_path):
+    path = save(cells, tmp_path)
+    assert h5ad.obs_columns(path) == ["cell_type"]
+    (tmp_path / "no.h5ad").write_text("no file")
+    assert h5ad.obs_columns(tmp_path / "no.h5ad") == []
+    old_h5ad(tmp_path / "old.h5ad", np.eye(3)[:, :2] + 1, np.full(3, 9.0))
+    assert h5ad.obs_columns(tmp_path / "old.h5ad") == ["kind", "n"]
 
 
 def test_h5ad_label_absent(cells, tmp_path):

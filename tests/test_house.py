@@ -188,9 +188,10 @@ def test_package_stays_small(repo):
         for path in (repo / "scgenlib").rglob("*.py")
     }
     # The design says about 7,000, which the third method passed; the fourth brought
-    # count likelihoods, the integration metrics, reading from disk and processes. A
+    # count likelihoods, the integration metrics, reading from disk and processes; the
+    # fifth names of perturbations, layouts, splits, a screen and its metrics. A
     # ratchet: lowered when lines go, and not raised without a reason in the log.
-    assert sum(lines.values()) <= 12_100
+    assert sum(lines.values()) <= 14_900
     # A file beyond 500 lines holds two ideas; a method's may reach 700.
     assert not {path: n for path, n in lines.items() if n > 700}
 

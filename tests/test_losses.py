@@ -445,3 +445,39 @@ def test_rbf_mmd_by_hand():
     points = torch.zeros(3, 2, requires_grad=True)
     losses.rbf_mmd(points, torch.zeros(3, 2)).backward()
     assert points.grad.isfinite().all()
+
+
+def test_least_squares_losses_by_hand():
+    """Number 10 of REGINA's checks: the numbers of two real and two generated cells."""
+    real, fake = torch.tensor([1.0, 0.8]), torch.tensor([0.0, 0.2])
+    of_critic, of_generator = losses.least_squares_gan_losses(real, fake, 0.9)
+    assert of_critic.item() == pytest.approx(0.5 * (0.01 + 0.02), abs=1e-7)
+    assert of_critic.item() == pytest.approx(0.015, abs=1e-7)
+    assert of_generator.item() == pytest.approx((1 + 0.64) / 2)
+    # Without smoothing; and each side alone.
+    assert losses.least_squares_gan_losses(real, fake)[0].item() == pytest.approx(0.02)
+    only_real = losses.least_squares_gan_losses(real, real_target=0.9)
+    assert [v.item() for v in only_real] == pytest.approx([0.005, 0.0])
+    only_fake = losses.least_squares_gan_losses(fake=fake)
+    assert [v.item() for v in only_fake] == pytest.approx([0.01, 0.82])
+    # Any shape, cells of either kind may be more.
+    column = losses.least_squares_gan_losses(real[:, None], fake.repeat(3), 0.9)
+    torch.testing.assert_close(column, (of_critic, of_generator))
+
+
+def test_centre_loss_by_hand():
+    """Number 6 of REGINA's checks."""
+    z, codes = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])
+    centres = torch.zeros(2, 2, requires_grad=True)
+    found = losses.centre_loss(z, codes, centres)
+    assert found.item() == (1 + 4) / 2
+    found.backward()  # centres are drawn to their own codes
+    assert centres.grad.tolist() == [[-1, 0], [0, -2]]
+    assert losses.centre_loss(z, codes, z).item() == pytest.approx(0, abs=1e-11)
+    assert losses.centre_loss(z, codes, z.flip(0)).item() == 5
+    # A sum over dimensions: two independent normal vectors of 256 are 512 apart.
+    torch.manual_seed(0)
+    far = losses.centre_loss(
+        torch.randn(2000, 256), torch.zeros(2000).long(), torch.randn(1, 256)
+    )
+    assert 400 < far.item() < 620

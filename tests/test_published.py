@@ -12,6 +12,7 @@ from scgenlib.cscgan import CscGANConfig, ScGANConfig
 from scgenlib.errors import ConfigError
 from scgenlib.garage import GAT, attention_scores, choose_seeds, knn_graph
 from scgenlib.nets import count_parameters
+from scgenlib.regina import REGINAConfig
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +280,111 @@ def test_a_parameter_file_that_cannot_be_read(changes, words):
 def test_sorted_ratios_lose_the_order_of_the_classes():
     assert published.sorted_ratios({"a": 0.2, "b": 0.5, "c": 0.3}) == [0.5, 0.3, 0.2]
     assert published.sorted_ratios({"a": 0.5, "b": 0.3, "c": 0.2}) == [0.5, 0.3, 0.2]
+
+
+# -------------------------------------------------------------------- REGINA
+
+REGINA_ENTRIES = {
+    "max_epochs": (100, 100),
+    "batch_size": (64, 64),
+    "perturb_key": ("condition", "condition"),
+    "ctrl_key": ("ctrl", "ctrl"),
+    "num_paddings": (12, 12),
+    "input_dim": (317, 314),
+    "seq_len": (16, 16),
+    "n_real_genes": (5060, 5012),
+    "d_model": (512, 512),
+    "n_layers": (4, 4),
+    "n_heads": (8, 8),
+    "z_dim": (256, 256),
+    "silence_val": (-1.0, -0.1),
+    "reconFactr": (1.5, 3.0),
+    "centerFactr": (0.5, 0.5),
+    "lossClassFactr": (1.0, 0.1),
+    "lossLatentFactr": (1, 1),
+    "lossCycleFactr": (5, 1),
+    "adversarialFactr": (3.5, 0.1),
+    "lossRegFactr": (1e-4, 1e-4),
+    "class_names": (["Homeostasis", "Stressed"], ["Resting", "Activated"]),
+}
+
+
+def regina_entry(which, nested=True):
+    """The published entry of Adamson's (0) or of Dixit's cells (1)."""
+    values = {name: pair[which] for name, pair in REGINA_ENTRIES.items()}
+    if not nested:
+        return values
+    outer = ("max_epochs", "batch_size", "perturb_key", "ctrl_key", "num_paddings")
+    inner = {k: v for k, v in values.items() if k not in outer}
+    return {**{k: values[k] for k in outer}, "model_kwargs": inner}
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_published_settings_of_regina(nested):
+    adamson, dixit = (published.regina_config(regina_entry(i, nested)) for i in (0, 1))
+    # The defaults of `published` are Adamson's.
+    assert adamson == REGINAConfig.published()
+    different = {
+        "silence_val": -0.1,
+        "w_rec": 3.0,
+        "w_pair": 3.0,
+        "w_class": 0.1,
+        "w_cycle": 1.0,
+        "w_adv": 0.1,
+    }
+    assert dixit == adamson.replace(**different)
+    sizes = ("n_tokens", "d_model", "n_layers", "n_heads", "z_dim")
+    assert [getattr(dixit, name) for name in sizes] == [16, 512, 4, 8, 256]
+    # The published weight is one of a sum over 256 dimensions.
+    assert adamson.w_centre == dixit.w_centre == 128
+    form = ("w_anchor", "label_controls", "output", "states", "patience")
+    assert [getattr(dixit, k) for k in form] == [0, False, "decoded", "stress", None]
+
+
+def test_each_entry_of_regina_arrives_and_can_be_replaced():
+    changes = {
+        "max_epochs": (7, "max_epochs"),
+        "batch_size": (9, "batch_size"),
+        "seq_len": (4, "n_tokens"),
+        "d_model": (32, "d_model"),
+        "n_layers": (1, "n_layers"),
+        "n_heads": (2, "n_heads"),
+        "silence_val": (-5.0, "silence_val"),
+        "reconFactr": (0.25, "w_rec"),
+        "lossClassFactr": (0.3, "w_class"),
+        "lossLatentFactr": (0.4, "w_cons"),
+        "lossCycleFactr": (0.6, "w_cycle"),
+        "adversarialFactr": (0.7, "w_adv"),
+        "lossRegFactr": (0.8, "w_reg"),
+    }
+    for entry, (value, field) in changes.items():
+        made = published.regina_config({**regina_entry(0, False), entry: value})
+        assert getattr(made, field) == value, entry
+        # Two of them are settings of both phases.
+        second = {"w_rec": "w_pair", "max_epochs": "phase_2_epochs"}.get(field, field)
+        assert made == REGINAConfig.published(**{field: value, second: value}), entry
+    small = published.regina_config({"z_dim": 8, "centerFactr": 0.25})
+    assert (small.z_dim, small.w_centre) == (8, 2.0)
+    assert published.regina_config({"z_dim": 8}).w_centre == 4.0
+    given = published.regina_config(regina_entry(0), w_centre=0.5, phase_2_epochs=10)
+    assert (given.w_centre, given.phase_2_epochs, given.w_cycle) == (0.5, 10, 5.0)
+    small = published.regina_config(regina_entry(0), z_dim=16)
+    assert small.w_centre == 8.0
+
+
+def test_an_unknown_entry_of_regina_is_named():
+    with pytest.raises(ConfigError, match="reconFacter.*Did you mean 'reconFactr'"):
+        published.regina_config({"reconFacter": 1.0})
+    with pytest.raises(ConfigError, match="d_modl.*Did you mean 'd_model'"):
+        published.regina_config({"model_kwargs": {"d_modl": 1}})
+    with pytest.raises(ConfigError, match="field.*w_rek"):
+        published.regina_config({}, w_rek=1.0)
+
+
+@pytest.mark.parametrize(("n_genes", "places"), [(5060, 5072), (5045, 5056), (64, 64)])
+def test_check_12_published_error_counts_the_padding(n_genes, places):
+    torch.manual_seed(0)
+    made, x = torch.randn(2, 3, n_genes)
+    found = published.padded_mse(made, x, 16)
+    plain = torch.nn.functional.mse_loss(made, x)
+    torch.testing.assert_close(found, plain * n_genes / places)

@@ -4,6 +4,7 @@
 find the types. `rare`: do extra cells help to find a rare type. `imputation`: are
 filled values right, and what did filling invent. `integration`: are types kept and
 batches mixed. `transfer`: are transferred labels right, and strangers noticed.
+`perturbation`: is a predicted effect right, beyond the noise of the controls.
 """
 
 from __future__ import annotations
@@ -64,6 +65,16 @@ from scgenlib.metrics.integration import (
     silhouette_batch,
     silhouette_label,
 )
+from scgenlib.metrics.perturbation import (
+    condition_means,
+    energy_distance,
+    mmd,
+    null_experiment,
+    pairwise_correlation,
+    perturbation_scores,
+    ranks,
+    split_half,
+)
 from scgenlib.metrics.rare import calibration, cut_type, rare_arms, rare_utility
 from scgenlib.metrics.transfer import (
     coverage_table,
@@ -80,8 +91,10 @@ __all__ = [
     "calibration",
     "clisi",
     "cluster_scores",
+    "condition_means",
     "coverage_table",
     "cut_type",
+    "energy_distance",
     "false_de",
     "feature_selection_utility",
     "gene_correlation",
@@ -105,16 +118,21 @@ __all__ = [
     "matched_labels",
     "memorisation",
     "mixing_error",
+    "mmd",
     "mmd2",
     "moment_agreement",
     "neighbour_overlap",
     "nmi",
+    "null_experiment",
     "order_agreement",
     "oversmoothing",
+    "pairwise_correlation",
     "pcr",
     "pcr_comparison",
+    "perturbation_scores",
     "poisson_loss",
     "prdc",
+    "ranks",
     "rare_arms",
     "rare_utility",
     "reference_split",
@@ -124,6 +142,7 @@ __all__ = [
     "silhouette_batch",
     "silhouette_label",
     "sliced_wasserstein",
+    "split_half",
     "thin",
     "transfer_scores",
     "two_sample_auroc",
