@@ -87,7 +87,7 @@ def phase_1(config: REGINAConfig, n_genes: int) -> list[floor.Product]:
 def phase_2(config: REGINAConfig, n_genes: int) -> list[floor.Product]:
     """Return the products of the second table, with an update of the critic."""
     b, w, z = config.batch_size, config.transition_width, config.z_dim
-    both = config.output == "shift" or config.w_anchor
+    both = bool(config.output == "shift" or config.w_anchor)
     chain = [(b, z, w), (b, z, w), *[(b, w, w)] * 4, (b, w, z)]
     moves: list[floor.Product] = []
     for n, a, c in chain:

@@ -71,7 +71,9 @@ PATHWAYS = {"papalexi": ("IFNGR1", "IFNGR2", "JAK2", "STAT1", "IRF1")}
 ONE = {"papalexi": "JAK2"}
 #: One experiment of those that a data set holds: column and value.
 PART = {"norman_subset": ("cell_type", "K562")}
-MOST_TRAINING, MOST_GENES, SHOWN = 200, 1000, 400
+MOST_TRAINING, MOST_GENES = 200, 1000
+#: Controls that predictions start from; cells that distances are measured on.
+MOST_STARTS, MOST_MEASURED = 2000, 300
 DIAL = (0.0, 0.5, 1.0)
 FEWER = {"dial": 3, "losses": 3, "choices": 2}
 ONLY_FOR = {"dial": ("simulated_screen",)}
@@ -172,7 +174,7 @@ def start_of(design: Design, lab: Lab) -> AnnData:
     if design.split.startswith("type "):
         held = design.split.removeprefix("type ")
         control = control[(control.obs["cell_type"].astype(str) == held).to_numpy()]
-    return conditions.thin(control, SHOWN, seed=lab.seed, controls=True)
+    return conditions.thin(control, MOST_STARTS, seed=lab.seed, controls=True)
 
 
 def scored(
@@ -182,7 +184,9 @@ def scored(
     given = {"control_real": design.half, "control_predicted": start}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # conditions of one cell
-        table = scores_of.perturbation_scores(made, design.test, seed=seed, **given)
+        table = scores_of.perturbation_scores(
+            made, design.test, seed=seed, max_cells=MOST_MEASURED, **given
+        )
         means = made if isinstance(made, pd.DataFrame) else None
         means = scores_of.condition_means(made) if means is None else means
         if len(design.names) > 1:

@@ -79,7 +79,7 @@ class REGINAConfig(Config):
     lossLatentFactr `w_cons`, centerFactr times z_dim `w_centre`, lossCycleFactr
     `w_cycle`, adversarialFactr `w_adv`. `published` has the published settings, from
     which the defaults depart in `w_centre`, `w_adv`, `w_anchor`, `label_controls`,
-    `output`, `patience` and `states`.
+    `centred`, `output`, `patience` and `states`.
     """
 
     PROFILES: ClassVar[dict[str, dict[str, Any]]] = {
@@ -208,6 +208,9 @@ class REGINAConfig(Config):
     noise_until: int = option(20, "epoch from which that noise falls", low=0)
     noise_end: int = option(80, "epoch at which it is 0", low=1)
     # The prediction.
+    centred: bool = option(
+        True, "whether predictions are right on average over the training conditions"
+    )
     output: str = option(
         "shift",
         "shift: the cell plus the decoded difference; decoded: the decoded code",
@@ -234,6 +237,7 @@ class REGINAConfig(Config):
         form: dict[str, Any] = {
             "w_adv": 3.5,
             "w_anchor": 0.0,
+            "centred": False,
             "label_controls": False,
             "output": "decoded",
             "states": "stress",
@@ -636,6 +640,8 @@ class REGINA(Estimator):
         """Keep the mean prompt of the training, and check that all went well."""
         self.arrays_.pop("shuffled", None)
         self.arrays_["mean_prompt"] = self._mean_prompt()
+        if self.config.centred:
+            self._centre()
         state = self._nets.state_dict().values()
         if not all(part.isfinite().all() for part in state):
             do = "Lower lr, transition_lr or w_adv."
@@ -658,6 +664,37 @@ class REGINA(Estimator):
             total += self._prompt(x, batch, z, self._doses([name])).mean(0)
         self._back(was)
         return (total / len(names)).cpu()
+
+    def _centre(self) -> None:
+        """Find what predictions lack on average over the training conditions.
+
+        Each gene gets one number for all conditions, for either form of the output.
+        Networks that were trained with dropout and noise are off by that much.
+        """
+        pairs, names = self._pairs, self.sizes_["conditions"]
+        rng = np.random.default_rng(self.seed)
+        # About 20,000 predictions are enough, however many conditions there are.
+        rows = pairs.some_controls(rng)[: max(32, 20_000 // len(names))]
+        batch = None if pairs.batch is None else pairs.batch[rows].to(self.device_)
+        x = self._rows(pairs.X, rows)
+        z = self.modules_["encoder"](x, batch)
+        again = self.modules_["decoder"](z, batch)
+        code = pairs.code[pairs.perturbed].numpy()
+        mates = np.concatenate([own.numpy() for own in pairs.controls])
+        start = torch.from_numpy(np.asarray(pairs.X[mates].mean(0), np.float32))
+        gaps = torch.zeros(2, x.shape[1])
+        for i, name in enumerate(names):
+            q = self._prompt(x, batch, z, self._doses([name]))
+            after = move(self.modules_["fwd"], z, q)
+            made = self.modules_["decoder"](after, batch)
+            own = pairs.perturbed[torch.from_numpy(code == i + 1)].numpy()
+            goal = torch.from_numpy(np.asarray(pairs.X[own].mean(0), np.float32))[0]
+            shift, level = (
+                self._restored(v.mean(0, keepdim=True)).cpu()[0]
+                for v in (made - again, made)
+            )
+            gaps += torch.stack([goal - start[0] - shift, goal - level]) / len(names)
+        self.arrays_["lacking"] = gaps
 
     def _release(self) -> None:
         for name in ("_pairs", "_nets", "_keep"):
@@ -876,6 +913,10 @@ class REGINA(Estimator):
         frames = annotate(adata.obs.iloc[picked], wanted, tables, key, control)
         made = np.empty((size, len(self.genes_)), dtype=np.float32)
         codes = np.empty((size, self.config.z_dim), dtype=np.float32)
+        lacking: Any = 0.0
+        if "lacking" in self.arrays_ and by == "transition":
+            number = ("shift", "decoded").index(output)
+            lacking = self.arrays_["lacking"][number].numpy()
         was, nets = self._evaluating(), self.modules_
         here = None if batch is None else batch[picked]
         for rows, x, told in self._blocks(X[picked], here):
@@ -887,7 +928,7 @@ class REGINA(Estimator):
                 after = move(nets["fwd"], z, q) if by == "transition" else z + q
                 y = rest + nets["decoder"](after, told)
                 place = slice(i * n + rows.start, i * n + min(rows.stop, n))
-                made[place] = self._restored(y).cpu().numpy()
+                made[place] = self._restored(y).cpu().numpy() + lacking
                 codes[place] = after.cpu().numpy()
         self._back(was)
         obs = pd.concat(frames)
