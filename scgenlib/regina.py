@@ -665,12 +665,14 @@ class REGINA(Estimator):
         self._back(was)
         return (total / len(names)).cpu()
 
+    @torch.no_grad()
     def _centre(self) -> None:
         """Find what predictions lack on average over the training conditions.
 
         Each gene gets one number for all conditions, for either form of the output.
         Networks that were trained with dropout and noise are off by that much.
         """
+        was = self._evaluating()
         pairs, names = self._pairs, self.sizes_["conditions"]
         rng = np.random.default_rng(self.seed)
         # About 20,000 predictions are enough, however many conditions there are.
@@ -695,6 +697,7 @@ class REGINA(Estimator):
             )
             gaps += torch.stack([goal - start[0] - shift, goal - level]) / len(names)
         self.arrays_["lacking"] = gaps
+        self._back(was)
 
     def _release(self) -> None:
         for name in ("_pairs", "_nets", "_keep"):
