@@ -298,6 +298,7 @@ def halves(cells: AnnData, seed: int) -> tuple[AnnData, AnnData]:
 #: Phase 2 with some of its losses; what stands nowhere is as in the profile.
 LOSSES: dict[str, dict[str, Any]] = {
     "all": {},
+    "adversary and pairs": {"w_cycle": 0.0},
     "pairs alone": {"w_cycle": 0.0, "w_adv": 0.0},
     "cycle and pairs": {"w_adv": 0.0},
     "cycle alone": {"w_adv": 0.0, "w_pair": 0.0, "w_anchor": 0.0},
@@ -320,6 +321,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 CHOICES: dict[str, dict[str, Any]] = {
     "as here": {},
     "published weights": {"w_adv": 3.5, "w_anchor": 0.0, "label_controls": False},
+    "not centred": {"centred": False},
     "decoded": {"output": "decoded"},
     "prompt as written": {"prompt_sign": "written"},
     "class consistency": {"consistency": "class"},
@@ -399,7 +401,10 @@ def first_design(lab: Lab) -> Design:
 def losses(lab: Lab) -> Rows:
     """Return phase 2 with some of its losses."""
     design = first_design(lab)
-    return [looked_at(lab, design, arm, **own) for arm, own in LOSSES.items()]
+    # Not centred: that would give every arm what all conditions have in common.
+    return [
+        looked_at(lab, design, arm, centred=False, **own) for arm, own in LOSSES.items()
+    ]
 
 
 def choices(lab: Lab) -> Rows:

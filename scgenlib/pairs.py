@@ -266,6 +266,10 @@ class Pairs:
         rows = np.concatenate([own.numpy() for own in self.controls])
         return np.sort(rng.permutation(rows)[:_WATCHED])
 
+    def mean_of(self, rows: Tensor) -> Tensor:
+        """Return the mean of some cells, (n_genes,)."""
+        return torch.from_numpy(np.asarray(self.X[rows.numpy()].mean(0), np.float32))[0]
+
     def draw(
         self,
         step: int,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,10 @@ __all__ = ["REGINA", "REGINAConfig"]
 
 #: Cells that pass the networks at once outside of training.
 _BLOCK = 512
+
+
+#: What moves a code, and what is predicted.
+_FORMS = list(itertools.product(("transition", "prompt"), ("shift", "decoded")))
 
 
 # --------------------------------------------------------------- configuration
@@ -669,33 +674,34 @@ class REGINA(Estimator):
     def _centre(self) -> None:
         """Find what predictions lack on average over the training conditions.
 
-        Each gene gets one number for all conditions, for either form of the output.
-        Networks that were trained with dropout and noise are off by that much.
+        Each gene gets one number for all conditions, for each form of the output and
+        for moves by the transition and by the prompt alone. Networks that were trained
+        with dropout and noise are off by that much.
         """
-        was = self._evaluating()
+        was, nets = self._evaluating(), self.modules_
         pairs, names = self._pairs, self.sizes_["conditions"]
         rng = np.random.default_rng(self.seed)
         # About 20,000 predictions are enough, however many conditions there are.
         rows = pairs.some_controls(rng)[: max(32, 20_000 // len(names))]
         batch = None if pairs.batch is None else pairs.batch[rows].to(self.device_)
         x = self._rows(pairs.X, rows)
-        z = self.modules_["encoder"](x, batch)
-        again = self.modules_["decoder"](z, batch)
-        code = pairs.code[pairs.perturbed].numpy()
-        mates = np.concatenate([own.numpy() for own in pairs.controls])
-        start = torch.from_numpy(np.asarray(pairs.X[mates].mean(0), np.float32))
-        gaps = torch.zeros(2, x.shape[1])
+        z = nets["encoder"](x, batch)
+        again = nets["decoder"](z, batch)
+        start = pairs.mean_of(torch.cat(pairs.controls))
+        code = pairs.code[pairs.perturbed]
+        gaps = torch.zeros(len(_FORMS), x.shape[1])
         for i, name in enumerate(names):
+            goal = pairs.mean_of(pairs.perturbed[code == i + 1])
             q = self._prompt(x, batch, z, self._doses([name]))
-            after = move(self.modules_["fwd"], z, q)
-            made = self.modules_["decoder"](after, batch)
-            own = pairs.perturbed[torch.from_numpy(code == i + 1)].numpy()
-            goal = torch.from_numpy(np.asarray(pairs.X[own].mean(0), np.float32))[0]
-            shift, level = (
-                self._restored(v.mean(0, keepdim=True)).cpu()[0]
-                for v in (made - again, made)
-            )
-            gaps += torch.stack([goal - start[0] - shift, goal - level]) / len(names)
+            for by, after in (
+                ("transition", move(nets["fwd"], z, q)),
+                ("prompt", z + q),
+            ):
+                made = nets["decoder"](after, batch)
+                for output, change in (("shift", made - again), ("decoded", made)):
+                    mean = self._restored(change.mean(0, keepdim=True))[0].cpu()
+                    goes = goal - start if output == "shift" else goal
+                    gaps[_FORMS.index((by, output))] += (goes - mean) / len(names)
         self.arrays_["lacking"] = gaps
         self._back(was)
 
@@ -917,9 +923,8 @@ class REGINA(Estimator):
         made = np.empty((size, len(self.genes_)), dtype=np.float32)
         codes = np.empty((size, self.config.z_dim), dtype=np.float32)
         lacking: Any = 0.0
-        if "lacking" in self.arrays_ and by == "transition":
-            number = ("shift", "decoded").index(output)
-            lacking = self.arrays_["lacking"][number].numpy()
+        if "lacking" in self.arrays_:
+            lacking = self.arrays_["lacking"][_FORMS.index((by, output))].numpy()
         was, nets = self._evaluating(), self.modules_
         here = None if batch is None else batch[picked]
         for rows, x, told in self._blocks(X[picked], here):

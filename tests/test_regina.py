@@ -15,6 +15,7 @@ from scipy import sparse
 from scgenlib import latentcycle, regina
 from scgenlib.conditions import CONTROL, canonical
 from scgenlib.errors import ConfigError, DataError, NotFittedError
+from scgenlib.metrics.perturbation import condition_means
 from scgenlib.perturbers import effects
 from scgenlib.regina import REGINA, REGINAConfig
 from scgenlib.simperturb import screen
@@ -129,7 +130,7 @@ def test_published_settings_and_what_the_defaults_depart_in():
         if getattr(plain, f.name) != getattr(paper, f.name)
     }
     named = {"w_centre", "w_adv", "w_anchor", "label_controls", "output", "states"}
-    assert apart == named | {"patience"}
+    assert apart == named | {"patience", "centred"}
     assert (paper.w_adv, paper.w_cycle, paper.w_centre) == (3.5, 5.0, 128.0)
     small = REGINAConfig.published("tiny", w_adv=1.0)
     assert (small.w_centre, small.z_dim, small.w_adv) == (4.0, 8, 1.0)
@@ -248,7 +249,7 @@ def test_every_option_changes_something(name, few, base):
 
 
 def test_every_option_is_looked_at():
-    elsewhere = {"unmeasured", "patience"}  # tests of their own
+    elsewhere = {"unmeasured", "patience", "centred"}  # tests of their own
     fields = {field.name for field in dataclasses.fields(REGINAConfig)}
     assert set(FIRST) | set(SECOND) | elsewhere == fields
     assert not set(FIRST) & set(SECOND)
@@ -947,6 +948,29 @@ def test_a_typo_in_a_gene_names_the_nearest(model, control):
             model.predict(control, perturbation, n_samples=n)
 
 
+@pytest.mark.parametrize("form", [{}, {"grouping": "correlation"}])
+def test_predictions_are_centred_on_the_training_conditions(form, cells):
+    """Averaged over conditions, the predicted change is that of the training cells."""
+    model = fit(cells, valid_share=0.0, **form)
+    plain = fit(cells, valid_share=0.0, centred=False, **form)
+    assert not differing(state(plain), {k: state(model)[k] for k in state(plain)})
+    names = model.sizes_["conditions"]
+    controls = cells[(cells.obs["perturbation"] == CONTROL).to_numpy()].copy()
+    goal = condition_means(cells)
+    truth = (goal.loc[names] - goal.loc[CONTROL]).mean()
+
+    def gap(made, output):
+        out = made.predict(controls, names, output=output)
+        change = condition_means(out).loc[names] - goal.loc[CONTROL]
+        return np.abs(change.mean() - truth).max()
+
+    for output in ("shift", "decoded"):
+        assert gap(model, output) < 1e-4 < 0.01 < gap(plain, output)
+    alone = model.predict(controls, names, by="prompt")
+    change = condition_means(alone).loc[names] - goal.loc[CONTROL]
+    assert np.abs(change.mean() - truth).max() < 1e-4
+
+
 @pytest.mark.parametrize("which", ["model", "batched"])
 def test_a_shift_is_the_cell_and_the_decoded_difference(which, control, request):
     model = request.getfixturevalue(which)
@@ -975,9 +999,10 @@ def test_a_shift_is_the_cell_and_the_decoded_difference(which, control, request)
         )
         start, after = decode(z), decode(moved)
     np.testing.assert_allclose(out.obsm["latent"], moved.numpy(), atol=1e-5)
-    np.testing.assert_allclose(decoded.X, after, atol=1e-5)
-    np.testing.assert_allclose(out.X, x + after - start, atol=1e-5)
-    mean = x.mean(0) + (after - start).mean(0)
+    lacking = model.arrays_["lacking"].numpy()
+    np.testing.assert_allclose(out.X, x + after - start + lacking[0], atol=1e-5)
+    np.testing.assert_allclose(decoded.X, after + lacking[1], atol=1e-5)
+    mean = x.mean(0) + (after - start).mean(0) + lacking[0]
     np.testing.assert_allclose(out.X.mean(0), mean, atol=1e-5)
     assert decoded.uns["scgenlib"]["output"] == "decoded"
     assert np.abs(out.X - decoded.X).max() > 0.1
@@ -1027,6 +1052,7 @@ def test_the_prompt_alone_leads_to_the_silenced_cell(model, control):
         z = model.modules_["encoder"](torch.from_numpy(X))
         expected = model.modules_["decoder"](z).numpy()
     np.testing.assert_allclose(out.obsm["latent"], z.numpy(), atol=1e-5)
+    expected += model.arrays_["lacking"][3].numpy()
     np.testing.assert_allclose(out.X, expected, atol=1e-4)
     assert out.uns["scgenlib"]["by"] == "prompt"
 
