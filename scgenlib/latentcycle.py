@@ -9,10 +9,11 @@ input.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from scgenlib.losses import centre_loss, least_squares_gan_losses
 from scgenlib.nets import mlp
 
 __all__ = [
+    "FORMS",
     "Batch",
     "Decoder",
     "Encoder",
@@ -38,6 +40,7 @@ __all__ = [
     "critic_step",
     "dose_matrix",
     "freeze",
+    "mean_outputs",
     "move",
     "noise_sd",
     "prompt",
@@ -47,6 +50,10 @@ __all__ = [
     "token_width",
     "transition_step",
 ]
+
+
+#: What moves a code, and what is predicted.
+FORMS = list(itertools.product(("transition", "prompt"), ("shift", "decoded")))
 
 
 # ----------------------------------------------------------------------- tokens
@@ -648,6 +655,36 @@ def critic_step(
     loss = torch.stack(losses).sum()
     _step(loss, optimiser, None)
     return loss.detach()
+
+
+@torch.no_grad()
+def mean_outputs(
+    nets: Mapping[str, nn.Module], z: Tensor, batch: Tensor | None, prompts: Any
+) -> Tensor:
+    """Return the mean prediction over cells and conditions in each of the `FORMS`.
+
+    Parameters
+    ----------
+    nets
+        "decoder" and "fwd", in evaluation mode.
+    z, batch
+        Codes of cells, (n_cells, z_dim), and the codes of their batches.
+    prompts
+        Those of one condition after another, (n_cells, z_dim) each.
+
+    Returns
+    -------
+    torch.Tensor
+        (4, n_genes): decoded differences ("shift") and decoded codes.
+    """
+    start = nets["decoder"](z, batch).mean(0)
+    means = []
+    for q in prompts:
+        ends = {"transition": move(nets["fwd"], z, q), "prompt": z + q}
+        made = {by: nets["decoder"](after, batch).mean(0) for by, after in ends.items()}
+        rows = [made[by] - start * (output == "shift") for by, output in FORMS]
+        means.append(torch.stack(rows))
+    return torch.stack(means).mean(0)
 
 
 def cosine(epoch: int, n_epochs: int, start: float, end: float) -> float:

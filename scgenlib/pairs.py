@@ -266,9 +266,17 @@ class Pairs:
         rows = np.concatenate([own.numpy() for own in self.controls])
         return np.sort(rng.permutation(rows)[:_WATCHED])
 
-    def mean_of(self, rows: Tensor) -> Tensor:
-        """Return the mean of some cells, (n_genes,)."""
-        return torch.from_numpy(np.asarray(self.X[rows.numpy()].mean(0), np.float32))[0]
+    def mean_changes(self, n_conditions: int) -> Tensor:
+        """Return, in the order of `FORMS`, the mean change and level of conditions."""
+
+        def mean_of(rows: Tensor) -> Tensor:
+            return torch.from_numpy(np.asarray(self.X[rows.numpy()].mean(0)))[0]
+
+        code = self.code[self.perturbed]
+        own = [mean_of(self.perturbed[code == i + 1]) for i in range(n_conditions)]
+        level = torch.stack(own).mean(0)
+        change = level - mean_of(torch.cat(self.controls))
+        return torch.stack([change, level, change, level]).float()
 
     def draw(
         self,

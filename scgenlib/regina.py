@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from scgenlib.contract import check_anndata
 from scgenlib.errors import ConfigError, DataError, message, unknown
 from scgenlib.estimator import Config, Estimator, option
 from scgenlib.latentcycle import (
+    FORMS,
     Batch,
     Decoder,
     Encoder,
@@ -44,6 +44,7 @@ from scgenlib.latentcycle import (
     critic,
     critic_step,
     freeze,
+    mean_outputs,
     move,
     noise_sd,
     prompt,
@@ -66,10 +67,6 @@ __all__ = ["REGINA", "REGINAConfig"]
 
 #: Cells that pass the networks at once outside of training.
 _BLOCK = 512
-
-
-#: What moves a code, and what is predicted.
-_FORMS = list(itertools.product(("transition", "prompt"), ("shift", "decoded")))
 
 
 # --------------------------------------------------------------- configuration
@@ -350,14 +347,10 @@ class REGINA(Estimator):
         if batch is not None and batch not in adata.obs:
             raise unknown("batch column", batch, adata.obs.columns, error=DataError)
         if batch is not None and adata.obs[batch].isna().any():
-            raise DataError(
-                message(
-                    f"Some cells have no batch in {batch!r}",
-                    found=f"{int(adata.obs[batch].isna().sum())} cells",
-                    allowed="one batch per cell",
-                    do="Drop these cells, or fit with batch_key=None.",
-                )
-            )
+            what = f"Some cells have no batch in {batch!r}"
+            found = f"{int(adata.obs[batch].isna().sum())} cells"
+            do = "Drop these cells, or fit with batch_key=None."
+            raise DataError(message(what, found=found, do=do))
 
     def _conditions(self, adata: AnnData) -> pd.Series:
         key = self._asked["perturbation"] or ""
@@ -375,9 +368,8 @@ class REGINA(Estimator):
         self.data_hash_ = digest.hexdigest()
         conditions = self._conditions(adata)
         names = sorted(set(conditions) - {CONTROL})
-        targets = sorted(
-            {gene for name in names for gene in genes_of(name, asked["control"])}
-        )
+        pairs = [genes_of(name, asked["control"]) for name in names]
+        targets = sorted({gene for genes in pairs for gene in genes})
         if c.n_genes is not None and c.n_genes < adata.n_vars:
             chosen = {*select_genes(adata, c.n_genes), *targets, *self._keep}
             adata = adata[:, [gene in chosen for gene in adata.var_names]]
@@ -385,14 +377,12 @@ class REGINA(Estimator):
         missing = [gene for gene in targets if gene not in set(self.genes_)]
         warn_missing(missing, targets, adata.var_names)
         if missing and c.unmeasured == "error":
-            raise DataError(
-                message(
-                    "Some targets are not among the genes",
-                    found=", ".join(missing),
-                    allowed="targets with a column in the matrix",
-                    do="Drop their cells, or set unmeasured='learned'.",
-                )
+            what, do = (
+                "Some targets are not among the genes",
+                "Drop their cells, or set",
             )
+            do += " unmeasured='learned'."
+            raise DataError(message(what, found=", ".join(missing), do=do))
         how, label = c.states, asked["label"]
         states, facts = state_labels(adata, conditions, how, label, targets, self.seed)
         self.facts_.update(facts)
@@ -518,13 +508,8 @@ class REGINA(Estimator):
 
     def _autoencoder_step(self, step: int) -> dict[str, Tensor]:
         c = self.config
-        weights = {
-            "rec": c.w_rec,
-            "reg": c.w_reg,
-            "class": c.w_class,
-            "cons": c.w_cons,
-            "centre": c.w_centre,
-        }
+        names = ("rec", "reg", "class", "cons", "centre")
+        weights = {name: getattr(c, f"w_{name}") for name in names}
         terms, codes, states = autoencoder_step(
             self._nets,
             self.optimisers_["main"],
@@ -652,18 +637,21 @@ class REGINA(Estimator):
             do = "Lower lr, transition_lr or w_adv."
             raise DataError(message("Training diverged: weights are NaN", do=do))
 
+    def _some_coded(self, n: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return some training controls, their batches and their codes."""
+        pairs, batch = self._pairs, self._pairs.batch
+        rows = pairs.some_controls(np.random.default_rng(self.seed))[:n]
+        batch = None if batch is None else batch[rows].to(self.device_)
+        x = self._rows(pairs.X, rows)
+        return x, batch, self.modules_["encoder"](x, batch)
+
     @torch.no_grad()
     def _mean_prompt(self) -> Tensor:
         """Return the mean prompt of the training conditions, (z_dim,)."""
         if "mean_prompt" in self.arrays_:
             return self.arrays_["mean_prompt"]
-        was = self._evaluating()
-        pairs, batch = self._pairs, self._pairs.batch
-        rows = pairs.some_controls(np.random.default_rng(self.seed))
-        batch = None if batch is None else batch[rows].to(self.device_)
-        x = self._rows(pairs.X, rows)
-        z = self.modules_["encoder"](x, batch)
-        names = self.sizes_["conditions"]
+        was, names = self._evaluating(), self.sizes_["conditions"]
+        x, batch, z = self._some_coded(_BLOCK)
         total = torch.zeros(self.config.z_dim, device=self.device_)
         for name in names:
             total += self._prompt(x, batch, z, self._doses([name])).mean(0)
@@ -678,31 +666,13 @@ class REGINA(Estimator):
         for moves by the transition and by the prompt alone. Networks that were trained
         with dropout and noise are off by that much.
         """
-        was, nets = self._evaluating(), self.modules_
-        pairs, names = self._pairs, self.sizes_["conditions"]
-        rng = np.random.default_rng(self.seed)
+        was, names = self._evaluating(), self.sizes_["conditions"]
         # About 20,000 predictions are enough, however many conditions there are.
-        rows = pairs.some_controls(rng)[: max(32, 20_000 // len(names))]
-        batch = None if pairs.batch is None else pairs.batch[rows].to(self.device_)
-        x = self._rows(pairs.X, rows)
-        z = nets["encoder"](x, batch)
-        again = nets["decoder"](z, batch)
-        start = pairs.mean_of(torch.cat(pairs.controls))
-        code = pairs.code[pairs.perturbed]
-        gaps = torch.zeros(len(_FORMS), x.shape[1])
-        for i, name in enumerate(names):
-            goal = pairs.mean_of(pairs.perturbed[code == i + 1])
-            q = self._prompt(x, batch, z, self._doses([name]))
-            for by, after in (
-                ("transition", move(nets["fwd"], z, q)),
-                ("prompt", z + q),
-            ):
-                made = nets["decoder"](after, batch)
-                for output, change in (("shift", made - again), ("decoded", made)):
-                    mean = self._restored(change.mean(0, keepdim=True))[0].cpu()
-                    goes = goal - start if output == "shift" else goal
-                    gaps[_FORMS.index((by, output))] += (goes - mean) / len(names)
-        self.arrays_["lacking"] = gaps
+        x, batch, z = self._some_coded(max(32, 20_000 // len(names)))
+        prompts = (self._prompt(x, batch, z, self._doses([name])) for name in names)
+        made = mean_outputs(self.modules_, z, batch, prompts)
+        truth = self._pairs.mean_changes(len(names))
+        self.arrays_["lacking"] = truth - self._restored(made).cpu()
         self._back(was)
 
     def _release(self) -> None:
@@ -722,13 +692,10 @@ class REGINA(Estimator):
         names = pd.Index(self.genes_)
         absent = names.difference(adata.var_names)
         if len(absent):
-            raise DataError(
-                message(
-                    "Genes of the model are absent from the cells",
-                    found=f"{len(absent)} of {len(names)}, such as {absent[0]!r}",
-                    allowed="cells with all genes that the model was fitted on",
-                )
-            )
+            what = "Genes of the model are absent from the cells"
+            found = f"{len(absent)} of {len(names)}, such as {absent[0]!r}"
+            allowed = "cells with all genes that the model was fitted on"
+            raise DataError(message(what, found=found, allowed=allowed))
         own = adata if adata.var_names.equals(names) else adata[:, names]
         X, known = canonical_rows(own.X), self.sizes_["batches"]
         if not known:
@@ -906,13 +873,10 @@ class REGINA(Estimator):
         n = adata.n_obs if n_samples is None else n_samples
         size = n * len(wanted)
         if 4 * size * len(self.genes_) > 1e9:
-            raise DataError(
-                message(
-                    "The prediction would take more than 1 GB",
-                    found=f"{len(wanted)} perturbations x {n} cells",
-                    do="Set n_samples, or predict the perturbations in parts.",
-                )
-            )
+            what = "The prediction would take more than 1 GB"
+            found = f"{len(wanted)} perturbations x {n} cells"
+            do = "Set n_samples, or predict the perturbations in parts."
+            raise DataError(message(what, found=found, do=do))
         # The same cells for every perturbation.
         picked = np.arange(adata.n_obs)
         if n_samples is not None:
@@ -924,7 +888,7 @@ class REGINA(Estimator):
         codes = np.empty((size, self.config.z_dim), dtype=np.float32)
         lacking: Any = 0.0
         if "lacking" in self.arrays_:
-            lacking = self.arrays_["lacking"][_FORMS.index((by, output))].numpy()
+            lacking = self.arrays_["lacking"][FORMS.index((by, output))].numpy()
         was, nets = self._evaluating(), self.modules_
         here = None if batch is None else batch[picked]
         for rows, x, told in self._blocks(X[picked], here):
