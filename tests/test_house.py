@@ -191,7 +191,7 @@ def test_package_stays_small(repo):
     # count likelihoods, the integration metrics, reading from disk and processes; the
     # fifth names of perturbations, layouts, splits, a screen and its metrics. A
     # ratchet: lowered when lines go, and not raised without a reason in the log.
-    assert sum(lines.values()) <= 14_900
+    assert sum(lines.values()) <= 14_960
     # A file beyond 500 lines holds two ideas; a method's may reach 700.
     assert not {path: n for path, n in lines.items() if n > 700}
 
