@@ -75,6 +75,12 @@ MOST_TRAINING, MOST_GENES = 200, 1000
 #: Controls that predictions start from; cells that distances are measured on.
 MOST_STARTS, MOST_MEASURED = 2000, 300
 DIAL = (0.0, 0.5, 1.0)
+#: What a fitted model is asked for.
+ARMS: dict[str, dict[str, Any]] = {
+    "prompt alone": {"by": "prompt"},
+    "REGINA": {},
+    "REGINA, not shrunk": {"kept": 1.0},
+}
 FEWER = {"dial": 3, "losses": 3, "choices": 2}
 ONLY_FOR = {"dial": ("simulated_screen",)}
 WITHOUT_LOSSES = ("kang", "norman_subset")
@@ -236,7 +242,7 @@ def contest(lab: Lab) -> Rows:
             arm: str,
             table: pd.DataFrame,
             seconds: float | None = None,
-            how: pd.Series | None = None,
+            how: pd.DataFrame | None = None,
             design: Design = design,
         ) -> None:
             for name, values in table.iterrows():
@@ -245,7 +251,8 @@ def contest(lab: Lab) -> Rows:
                     "split": design.split,
                     "arm": arm,
                     "condition": str(name),
-                    "prompt": None if how is None else str(how.get(name)),
+                    "prompt": None if how is None else str(how["prompt"][name]),
+                    "kept": None if how is None else float(how["kept"][name]),
                     "n_cells": int(values["n_cells"]),
                     "seconds": seconds,
                 }
@@ -258,13 +265,9 @@ def contest(lab: Lab) -> Rows:
         begun = time.process_time()
         model = lab.fit(design.train)
         seconds = time.process_time() - begun
-        for arm, asked in {
-            "prompt alone": {"by": "prompt"},
-            "REGINA": {},
-            "REGINA, decoded": {"output": "decoded"},
-        }.items():
+        for arm, asked in {**ARMS, "REGINA, decoded": {"output": "decoded"}}.items():
             cells = model.predict(start, names, unmeasured="mean", **asked)
-            how = cells.obs.groupby(KEY, observed=True)["prompt"].first()
+            how = cells.obs.groupby(KEY, observed=True)[["prompt", "kept"]].first()
             note(arm, scored(design, start, cells, lab.seed), seconds, how)
         # What cells of the truth itself reach, and controls with the true mean.
         first, second = halves(design.test, lab.seed)
@@ -341,8 +344,11 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 def looked_at(lab: Lab, design: Design, arm: str, **changed: Any) -> dict[str, Any]:
-    """Fit with changed settings; return scores and what happened in latent space."""
-    model = lab.fit(design.train, **changed)
+    """Fit with changed settings; return scores and what happened in latent space.
+
+    Nothing is shrunk: this is about what the settings do to a prediction.
+    """
+    model = lab.fit(design.train, shrink_folds=0, **changed)
     start, names = start_of(design, lab), design.names
     cells = model.predict(start, names, unmeasured="mean")
     table = scored(design, start, cells, lab.seed)
@@ -429,13 +435,13 @@ def dial(lab: Lab) -> Rows:
                 row = {"seed": lab.seed, "pathway": share, "arm": arm}
                 rows.append(row | averages(table))
             model = lab.fit(design.train)
-            for arm, by in (("prompt alone", "prompt"), ("REGINA", "transition")):
-                made = model.predict(start, names, unmeasured="mean", by=by)
+            for arm, asked in ARMS.items():
+                made = model.predict(start, names, unmeasured="mean", **asked)
                 means = scores_of.condition_means(made)
                 table = scored(design, start, means, lab.seed)
                 row = {"seed": lab.seed, "pathway": share, "arm": arm}
                 row |= averages(table)
-                if by == "transition":
+                if arm == "REGINA":
                     row |= latent(model, design, start, made)
                 rows.append(row)
             first, second = halves(design.test, lab.seed)

@@ -9,11 +9,11 @@ input.
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from scgenlib.losses import centre_loss, least_squares_gan_losses
 from scgenlib.nets import mlp
 
 __all__ = [
-    "FORMS",
+    "MOVES",
     "Batch",
     "Decoder",
     "Encoder",
@@ -39,8 +39,9 @@ __all__ = [
     "critic",
     "critic_step",
     "dose_matrix",
+    "evaluating",
     "freeze",
-    "mean_outputs",
+    "mean_changes",
     "move",
     "noise_sd",
     "prompt",
@@ -49,11 +50,15 @@ __all__ = [
     "to_tokens",
     "token_width",
     "transition_step",
+    "watched",
 ]
 
 
-#: What moves a code, and what is predicted.
-FORMS = list(itertools.product(("transition", "prompt"), ("shift", "decoded")))
+_In = ParamSpec("_In")
+_Out = TypeVar("_Out")
+
+#: What moves a code.
+MOVES = ("transition", "prompt")
 
 
 # ----------------------------------------------------------------------- tokens
@@ -657,11 +662,66 @@ def critic_step(
     return loss.detach()
 
 
+def evaluating(call: Callable[_In, _Out]) -> Callable[_In, _Out]:
+    """Make a method of a model put its networks into evaluation mode and back.
+
+    Callbacks predict while training goes on. No gradients are kept.
+    """
+
+    @functools.wraps(call)
+    def inside(*args: _In.args, **named: _In.kwargs) -> _Out:
+        # A model that was never fitted has none; the method says so.
+        nets: Iterable[Any] = getattr(args[0], "modules_", {}).values()
+        was = [net.training for net in nets]
+        for net in nets:
+            net.eval()
+        try:
+            with torch.no_grad():
+                return call(*args, **named)
+        finally:
+            for net, training in zip(nets, was, strict=True):
+                net.train(training)
+
+    return inside
+
+
 @torch.no_grad()
-def mean_outputs(
+def watched(
+    nets: nn.ModuleDict, x: Tensor, batch: Tensor | None = None
+) -> dict[str, float]:
+    """Return how well cells are decoded, and whether their states stay.
+
+    Parameters
+    ----------
+    nets
+        "encoder", "decoder" and "classifier", in training mode; they go back to it.
+    x, batch
+        Held-out cells, (n_cells, n_genes), and the codes of their batches.
+
+    Returns
+    -------
+    dict of float
+        "valid_rec", the mean squared error; "valid_inconsistency", the divergence of
+        the states of decoded cells from those of the cells.
+    """
+    nets.eval()
+    z = nets["encoder"](x, batch)
+    made = nets["decoder"](z, batch)
+    shares = nets["classifier"](z).softmax(1)
+    again = nets["classifier"](nets["encoder"](made, batch)).log_softmax(1)
+    nets.train()
+    apart = F.kl_div(again, shares, reduction="batchmean")
+    return {
+        "valid_rec": float((made - x).square().mean()),
+        "valid_inconsistency": float(apart),
+    }
+
+
+@torch.no_grad()
+def mean_changes(
     nets: Mapping[str, nn.Module], z: Tensor, batch: Tensor | None, prompts: Any
-) -> Tensor:
-    """Return the mean prediction over cells and conditions in each of the `FORMS`.
+) -> tuple[Tensor, Tensor]:
+    """Return the mean over cells of what is decoded, and by how much moves change it.
 
     Parameters
     ----------
@@ -674,17 +734,18 @@ def mean_outputs(
 
     Returns
     -------
-    torch.Tensor
-        (4, n_genes): decoded differences ("shift") and decoded codes.
+    start : torch.Tensor
+        (n_genes,).
+    changes : torch.Tensor
+        (2, n_conditions, n_genes), in the order of `MOVES`.
     """
     start = nets["decoder"](z, batch).mean(0)
-    means = []
+    rows = []
     for q in prompts:
-        ends = {"transition": move(nets["fwd"], z, q), "prompt": z + q}
-        made = {by: nets["decoder"](after, batch).mean(0) for by, after in ends.items()}
-        rows = [made[by] - start * (output == "shift") for by, output in FORMS]
-        means.append(torch.stack(rows))
-    return torch.stack(means).mean(0)
+        ends = (move(nets["fwd"], z, q), z + q)
+        own = [nets["decoder"](after, batch).mean(0) - start for after in ends]
+        rows.append(torch.stack(own))
+    return start, torch.stack(rows, dim=1)
 
 
 def cosine(epoch: int, n_epochs: int, start: float, end: float) -> float:

@@ -6,15 +6,17 @@ cells and, for each, a control cell that was drawn at random.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from anndata import AnnData
 from scipy import sparse
 from torch import Tensor
 
@@ -27,10 +29,14 @@ __all__ = [
     "Pairs",
     "Perturbation",
     "annotate",
+    "check_batches",
+    "codes_of",
     "correlated_order",
     "dose_tables",
     "doses_of",
     "name_of",
+    "row_of",
+    "targets_of",
     "warn_missing",
 ]
 
@@ -75,6 +81,12 @@ def doses_of(perturbation: Any, control: str | None = None) -> dict[str, float]:
     return doses
 
 
+def targets_of(perturbation: Any, control: str | None = None) -> list[str]:
+    """Return the genes whose dose is not 0."""
+    doses = doses_of(perturbation, control)
+    return [gene for gene, dose in doses.items() if dose]
+
+
 def name_of(doses: Mapping[str, float]) -> str:
     """Return the canonical name; a dose that is not whole stands in brackets."""
     parts = []
@@ -92,6 +104,7 @@ def dose_tables(
     *,
     control: str | None = None,
     unmeasured: str = "error",
+    untaught: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Return the doses of conditions, one row each.
 
@@ -104,6 +117,8 @@ def dose_tables(
         of the training.
     unmeasured
         What to do with a target that is none of these: "error" or "mean".
+    untaught
+        Targets that have no learned prompt yet.
 
     Returns
     -------
@@ -120,10 +135,12 @@ def dose_tables(
         raise unknown("unmeasured", unmeasured, ["error", "mean"])
     index = {
         "doses": {gene: i for i, gene in enumerate(genes)},
-        "learned": {gene: i for i, gene in enumerate(missing)},
+        "learned": {gene: i for i, gene in enumerate(missing) if gene not in untaught},
         "condition": {gene: i for i, gene in enumerate(targets)},
     }
-    out = {key: torch.zeros(len(wanted), len(at)) for key, at in index.items()}
+    widths = (len(genes), len(missing), len(targets))
+    keys = zip(index, widths, strict=True)
+    out = {key: torch.zeros(len(wanted), width) for key, width in keys}
     out["mean"] = torch.zeros(len(wanted), 1)
     for i, name in enumerate(wanted):
         for gene, dose in doses_of(name, control).items():
@@ -146,10 +163,33 @@ def dose_tables(
     return out
 
 
+def row_of(tables: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
+    """Return the `dose_tables` of one condition."""
+    return {name: table[i : i + 1] for name, table in tables.items()}
+
+
+def check_batches(adata: AnnData, key: str | None) -> None:
+    """Raise DataError for a column of batches that is not there or not filled."""
+    if key is None:
+        return
+    if key not in adata.obs:
+        raise unknown("batch column", key, adata.obs.columns, error=DataError)
+    if adata.obs[key].isna().any():
+        found = f"{int(adata.obs[key].isna().sum())} cells"
+        do = "Drop these cells, or fit with batch_key=None."
+        what = f"Some cells have no batch in {key!r}"
+        raise DataError(message(what, found=found, do=do))
+
+
+def codes_of(values: Iterable[str], kinds: Sequence[str]) -> Tensor:
+    """Return the place of each value among `kinds`, -1 where it is none of them."""
+    return torch.from_numpy(pd.Index(kinds).get_indexer(pd.Index(values)))
+
+
 def warn_missing(
-    missing: Sequence[str], targets: Sequence[str], genes: pd.Index
+    missing: Sequence[str], targets: Sequence[str], genes: pd.Index, refuse: bool
 ) -> None:
-    """Warn of targets that are not measured; refuse those of another spelling."""
+    """Warn of unmeasured targets, or refuse them; refuse another spelling."""
     if not missing:
         return
     spelled = {str(gene).lower(): str(gene) for gene in genes}
@@ -163,6 +203,10 @@ def warn_missing(
                     do="Rename the conditions or var_names so that they agree.",
                 )
             )
+    if refuse:
+        what = "Some targets are not among the genes"
+        do = "Drop their cells, or set unmeasured='learned'."
+        raise DataError(message(what, found=", ".join(missing), do=do))
     shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
     text = (
         f"{len(missing)} of {len(targets)} targets are not among the genes ({shown}):"
@@ -170,7 +214,7 @@ def warn_missing(
     )
     if len(missing) == len(targets) and len(targets) > 1:
         text += " Are var_names symbols, as the conditions are?"
-    warnings.warn(text, UserWarning, stacklevel=5)
+    warnings.warn(text, UserWarning, stacklevel=7)
 
 
 # ------------------------------------------------------------------------ pairs
@@ -261,22 +305,23 @@ class Pairs:
         n = len(self.perturbed)
         return max(1, min(math.ceil(n / self.size), n // 2))
 
-    def some_controls(self, rng: np.random.Generator) -> np.ndarray:
-        """Return rows of some controls, of all batches."""
+    def some_controls(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """Return rows of at most `n` and 512 controls, of all batches."""
         rows = np.concatenate([own.numpy() for own in self.controls])
-        return np.sort(rng.permutation(rows)[:_WATCHED])
+        return np.sort(rng.permutation(rows)[: min(n, _WATCHED)])
 
-    def mean_changes(self, n_conditions: int) -> Tensor:
-        """Return, in the order of `FORMS`, the mean change and level of conditions."""
+    def without(self, codes: np.ndarray) -> Pairs:
+        """Return the same cells, of which those of some conditions do not teach."""
+        part, out = copy.copy(self), np.isin(self.code[self.perturbed].numpy(), codes)
+        part.perturbed = self.perturbed[torch.from_numpy(~out)]
+        return part
 
-        def mean_of(rows: Tensor) -> Tensor:
-            return torch.from_numpy(np.asarray(self.X[rows.numpy()].mean(0)))[0]
-
-        code = self.code[self.perturbed]
-        own = [mean_of(self.perturbed[code == i + 1]) for i in range(n_conditions)]
-        level = torch.stack(own).mean(0)
-        change = level - mean_of(torch.cat(self.controls))
-        return torch.stack([change, level, change, level]).float()
+    def levels(self, codes: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the mean of the controls, and those of conditions, one row each."""
+        every = self.code.numpy()
+        own = [self.X[np.flatnonzero(every == i)].mean(0) for i in (0, *codes)]
+        means = torch.from_numpy(np.concatenate(own)).float()
+        return means[0], means[1:]
 
     def draw(
         self,

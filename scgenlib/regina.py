@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -22,16 +23,12 @@ from anndata import AnnData
 from scipy import sparse
 from torch import Tensor, nn
 
-from scgenlib.conditions import (
-    CONTROL,
-    check_conditions,
-    genes_of,
-)
+from scgenlib.conditions import CONTROL, check_conditions, genes_of
 from scgenlib.contract import check_anndata
 from scgenlib.errors import ConfigError, DataError, message, unknown
 from scgenlib.estimator import Config, Estimator, option
 from scgenlib.latentcycle import (
-    FORMS,
+    MOVES,
     Batch,
     Decoder,
     Encoder,
@@ -43,23 +40,38 @@ from scgenlib.latentcycle import (
     cosine,
     critic,
     critic_step,
+    evaluating,
     freeze,
-    mean_outputs,
+    mean_changes,
     move,
     noise_sd,
     prompt,
     transition_step,
+    watched,
 )
 from scgenlib.mapping import canonical as canonical_rows
 from scgenlib.pairs import (
     Pairs,
     Perturbation,
     annotate,
+    check_batches,
+    codes_of,
     correlated_order,
     dose_tables,
+    row_of,
+    targets_of,
     warn_missing,
 )
 from scgenlib.preprocess import select_genes
+from scgenlib.shrinkage import (
+    evidence,
+    kept_share,
+    prompted,
+    put_away,
+    share_of,
+    take_back,
+    target_folds,
+)
 from scgenlib.states import state_labels
 from scgenlib.training import Callback, Phase, minibatch, stop_rising
 
@@ -81,7 +93,7 @@ class REGINAConfig(Config):
     lossLatentFactr `w_cons`, centerFactr times z_dim `w_centre`, lossCycleFactr
     `w_cycle`, adversarialFactr `w_adv`. `published` has the published settings, from
     which the defaults depart in `w_centre`, `w_adv`, `w_anchor`, `label_controls`,
-    `centred`, `output`, `patience` and `states`.
+    `centred`, `shrink_folds`, `output`, `patience` and `states`.
     """
 
     PROFILES: ClassVar[dict[str, dict[str, Any]]] = {
@@ -210,6 +222,9 @@ class REGINAConfig(Config):
     noise_until: int = option(20, "epoch from which that noise falls", low=0)
     noise_end: int = option(80, "epoch at which it is 0", low=1)
     # The prediction.
+    shrink_folds: int = option(
+        2, "parts of the targets that phase 2 is first tried without; 0: none", low=0
+    )
     centred: bool = option(
         True, "whether predictions are right on average over the training conditions"
     )
@@ -240,6 +255,7 @@ class REGINAConfig(Config):
             "w_adv": 3.5,
             "w_anchor": 0.0,
             "centred": False,
+            "shrink_folds": 0,
             "label_controls": False,
             "output": "decoded",
             "states": "stress",
@@ -270,6 +286,7 @@ class REGINA(Estimator):
     method = "regina"
     config_class: ClassVar[type[Config]] = REGINAConfig
     tasks = frozenset({"embed", "predict"})
+    file_format: ClassVar[int] = 2
     config: REGINAConfig
     _asked: dict[str, str | None]
 
@@ -343,14 +360,7 @@ class REGINA(Estimator):
         if n_perturbed < 2:
             what = "Too few perturbed cells"
             raise DataError(message(what, found=n_perturbed, allowed="at least 2"))
-        batch = self._asked["batch"]
-        if batch is not None and batch not in adata.obs:
-            raise unknown("batch column", batch, adata.obs.columns, error=DataError)
-        if batch is not None and adata.obs[batch].isna().any():
-            what = f"Some cells have no batch in {batch!r}"
-            found = f"{int(adata.obs[batch].isna().sum())} cells"
-            do = "Drop these cells, or fit with batch_key=None."
-            raise DataError(message(what, found=found, do=do))
+        check_batches(adata, self._asked["batch"])
 
     def _conditions(self, adata: AnnData) -> pd.Series:
         key = self._asked["perturbation"] or ""
@@ -375,14 +385,7 @@ class REGINA(Estimator):
             adata = adata[:, [gene in chosen for gene in adata.var_names]]
         self.genes_ = [str(name) for name in adata.var_names]
         missing = [gene for gene in targets if gene not in set(self.genes_)]
-        warn_missing(missing, targets, adata.var_names)
-        if missing and c.unmeasured == "error":
-            what, do = (
-                "Some targets are not among the genes",
-                "Drop their cells, or set",
-            )
-            do += " unmeasured='learned'."
-            raise DataError(message(what, found=", ".join(missing), do=do))
+        warn_missing(missing, targets, adata.var_names, c.unmeasured == "error")
         how, label = c.states, asked["label"]
         states, facts = state_labels(adata, conditions, how, label, targets, self.seed)
         self.facts_.update(facts)
@@ -402,24 +405,24 @@ class REGINA(Estimator):
         }
         self.labels_ = kinds
         self._build()
-        code = pd.Index([CONTROL, *names]).get_indexer(pd.Index(conditions))
-        told = None
-        if known:
-            found = pd.Index(known).get_indexer(pd.Index(batches))
-            told = torch.from_numpy(found)
+        told = codes_of(batches, known) if known else None
         # The first row is that of controls: no dose of anything.
         rows = self._doses(names).items()
         tables = {key: nn.functional.pad(v, (0, 0, 1, 0)) for key, v in rows}
         X = canonical_rows(adata.X)
         if c.grouping == "correlation":
             self.arrays_["order"] = correlated_order(X, self.np_rng_)
-        state = torch.from_numpy(pd.Index(kinds).get_indexer(pd.Index(states)))
-        number = torch.from_numpy(code)
+        state, number = codes_of(states, kinds), codes_of(conditions, [CONTROL, *names])
         self._pairs = Pairs(X, number, state, told, tables, known, c.batch_size)
         self._pairs.hold_out(c.valid_share, self.np_rng_)
+        self._all = self._pairs
+        self._folds = target_folds(names, asked["control"], c.shrink_folds, self.seed)
 
     def _doses(
-        self, wanted: Sequence[Perturbation], unmeasured: str = "error"
+        self,
+        wanted: Sequence[Perturbation],
+        unmeasured: str = "error",
+        untaught: Collection[str] = (),
     ) -> dict[str, Tensor]:
         sizes = self.sizes_
         return dose_tables(
@@ -429,6 +432,7 @@ class REGINA(Estimator):
             sizes["targets"],
             control=sizes["asked"]["control"],
             unmeasured=unmeasured,
+            untaught=untaught,
         )
 
     def _build(self) -> None:
@@ -452,19 +456,21 @@ class REGINA(Estimator):
     # ----- training
 
     def _phases(self) -> list[Phase]:
-        c = self.config
-        n = self._pairs.n_batches
-        begin = (self._begin_autoencoder, self._begin_transitions)
-        return [
-            Phase("autoencoder", c.max_epochs * n, self._autoencoder_step, begin[0]),
-            Phase(
-                "transition",
-                c.phase_2_epochs * n,
-                self._transition_step,
-                begin[1],
-                self._end_transitions,
-            ),
-        ]
+        c, n = self.config, self._pairs.n_batches
+        first = (self._autoencoder_step, self._begin_autoencoder)
+        last = (self._begin_transitions, self._end_transitions)
+        phases = [Phase("autoencoder", c.max_epochs * n, *first)]
+        for i, out in enumerate(self._folds):
+            part = self._pairs.without(self._codes(out))
+            ends = (partial(self._begin_trial, part), partial(self._end_trial, out))
+            steps = c.phase_2_epochs * part.n_batches
+            phases.append(Phase(f"trial {i + 1}", steps, self._transition_step, *ends))
+        n *= c.phase_2_epochs
+        return [*phases, Phase("transition", n, self._transition_step, *last)]
+
+    def _codes(self, names: Iterable[str]) -> np.ndarray:
+        """Return the codes of conditions; controls have 0."""
+        return 1 + pd.Index(self.sizes_["conditions"]).get_indexer(list(names))
 
     def _optimise(
         self, name: str, groups: list[dict[str, Any]], **options: Any
@@ -497,6 +503,12 @@ class REGINA(Estimator):
         """Return cells, dense, their genes in the order of the tokens."""
         return self._ordered(minibatch(X, rows, self.device_))
 
+    def _cells(self, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Return training cells and the codes of their batches."""
+        batch = self._pairs.batch
+        told = None if batch is None else batch[rows].to(self.device_)
+        return self._rows(self._pairs.X, rows), told
+
     def _ordered(self, x: Tensor) -> Tensor:
         order = self.arrays_.get("order")
         return x if order is None else x[:, order.to(x.device)]
@@ -526,27 +538,9 @@ class REGINA(Estimator):
             self._history.append(step, "autoencoder", self._look())
         return terms
 
-    @torch.no_grad()
     def _look(self) -> dict[str, float]:
         """Return on held-out cells the reconstruction and the class consistency."""
-        nets = self._nets
-        nets.eval()
-        pairs, batch = self._pairs, self._pairs.batch
-        x = self._rows(pairs.X, pairs.valid)
-        batch = None if batch is None else batch[pairs.valid].to(self.device_)
-        z = nets["encoder"](x, batch)
-        made = nets["decoder"](z, batch)
-        shares = nets["classifier"](z).softmax(1)
-        again = nets["classifier"](nets["encoder"](made, batch))
-        nets.train()
-        return {
-            "valid_rec": float((made - x).square().mean()),
-            "valid_inconsistency": float(
-                nn.functional.kl_div(
-                    again.log_softmax(1), shares, reduction="batchmean"
-                )
-            ),
-        }
+        return watched(self._nets, *self._cells(self._pairs.valid))
 
     def _callbacks(self) -> list[Callback]:
         patience = self.config.patience
@@ -560,27 +554,19 @@ class REGINA(Estimator):
         nets = self._nets
         freeze(nets["encoder"], nets["classifier"], nets["centres"])
         names = ["fwd", "bwd", "learned"]
-        groups = [
-            {
-                "params": [p for name in names for p in nets[name].parameters()],
-                "first": c.transition_lr,
-            }
-        ]
+        own = [p for name in names for p in nets[name].parameters()]
+        groups: list[dict[str, Any]] = [{"params": own, "first": c.transition_lr}]
         if c.decoder == "finetune":
-            own = {"params": list(nets["decoder"].parameters()), "first": c.decoder_lr}
-            groups.append(own)
+            own = list(nets["decoder"].parameters())
+            groups.append({"params": own, "first": c.decoder_lr})
         else:
             freeze(nets["decoder"])
         options = {"betas": (c.beta_1, c.beta_2), "weight_decay": c.transition_decay}
         self._optimise("main", groups, lr=c.transition_lr, **options)
         names = ["critic", "critic_control", "index"]
-        weights = [p for n in names if n in nets for p in nets[n].parameters()]
-        self._optimise(
-            "critic",
-            [{"params": weights, "first": c.critic_lr}],
-            lr=c.critic_lr,
-            **options,
-        )
+        own = [p for name in names if name in nets for p in nets[name].parameters()]
+        groups = [{"params": own, "first": c.critic_lr}]
+        self._optimise("critic", groups, lr=c.critic_lr, **options)
 
     def _transition_step(self, step: int) -> dict[str, Tensor]:
         c = self.config
@@ -590,13 +576,8 @@ class REGINA(Estimator):
                 for group in optimiser.param_groups:
                     low = min(c.last_lr, group["first"])
                     group["lr"] = cosine(epoch, c.phase_2_epochs, group["first"], low)
-        weights = {
-            "cycle": c.w_cycle,
-            "adv": c.w_adv,
-            "pair": c.w_pair,
-            "anchor": c.w_anchor,
-            "identity": c.w_identity,
-        }
+        names = ("cycle", "adv", "pair", "anchor", "identity")
+        weights = {name: getattr(c, f"w_{name}") for name in names}
         on_index = c.discriminator_on == "index"
         terms, seen = transition_step(
             self._nets,
@@ -622,61 +603,91 @@ class REGINA(Estimator):
             )
         return terms
 
+    def _begin_trial(self, part: Pairs) -> None:
+        """Begin phase 2 without some targets; keep the weights that it starts from."""
+        self._pairs = part
+        put_away(self.modules_, self.arrays_)
+        self._begin_transitions()
+
+    def _end_trial(self, out: Sequence[str]) -> None:
+        """Hold predictions for the targets left out against their cells; go back."""
+        control = self.sizes_["asked"]["control"]
+        taught = [name for name in self.sizes_["conditions"] if name not in set(out)]
+        new = set(self.sizes_["targets"])
+        new -= {gene for name in taught for gene in genes_of(name, control)}
+        self.arrays_["mean_prompt"] = self._mean_prompt(taught, new)
+        changes = self._mean_changes([*taught, *out], new)[1]
+        start, levels = self._pairs.levels(self._codes([*taught, *out]))
+        before = self.arrays_.get("evidence", torch.zeros(0, 2))
+        tables = self._doses([*taught, *out], "mean", new)
+        rows = evidence(changes[0], levels - start, tables["doses"] != 0, len(taught))
+        # Those that have nothing but the mean prompt keep nothing anyway.
+        rows = rows[prompted(tables)[len(taught) :]]
+        self.arrays_["evidence"] = torch.cat([before, rows])
+        self.arrays_.pop("shuffled", None)
+        self.arrays_.pop("mean_prompt")
+        take_back(self.modules_, self.arrays_)
+        self._pairs = self._all
+
     @property
     def _sign(self) -> float:
         return 1.0 if self.config.prompt_sign == "code" else -1.0
 
     def _end_transitions(self) -> None:
         """Keep the mean prompt of the training, and check that all went well."""
+        names = self.sizes_["conditions"]
         self.arrays_.pop("shuffled", None)
+        if "evidence" in self.arrays_:
+            self.facts_["kept"] = kept_share(self.arrays_.pop("evidence"))
         self.arrays_["mean_prompt"] = self._mean_prompt()
+        start, changes = self._mean_changes(names)
+        control, levels = self._pairs.levels(self._codes(names))
+        self.arrays_["typical"] = changes.mean(1)
         if self.config.centred:
-            self._centre()
+            # What predictions lack on average over the training conditions, a number
+            # for each gene: networks that were trained with dropout and noise are off
+            # by that much. Of the cell itself a "shift" lacks nothing.
+            own = levels.mean(0) - control - changes.mean(1)
+            self.arrays_["lacking"] = torch.stack([own, own + control - start])
         state = self._nets.state_dict().values()
         if not all(part.isfinite().all() for part in state):
             do = "Lower lr, transition_lr or w_adv."
             raise DataError(message("Training diverged: weights are NaN", do=do))
 
-    def _some_coded(self, n: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _coded(self, n: int = _BLOCK) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return some training controls, their batches and their codes."""
-        pairs, batch = self._pairs, self._pairs.batch
-        rows = pairs.some_controls(np.random.default_rng(self.seed))[:n]
-        batch = None if batch is None else batch[rows].to(self.device_)
-        x = self._rows(pairs.X, rows)
+        rows = self._pairs.some_controls(np.random.default_rng(self.seed), n)
+        x, batch = self._cells(rows)
         return x, batch, self.modules_["encoder"](x, batch)
 
-    @torch.no_grad()
-    def _mean_prompt(self) -> Tensor:
-        """Return the mean prompt of the training conditions, (z_dim,)."""
-        if "mean_prompt" in self.arrays_:
-            return self.arrays_["mean_prompt"]
-        was, names = self._evaluating(), self.sizes_["conditions"]
-        x, batch, z = self._some_coded(_BLOCK)
-        total = torch.zeros(self.config.z_dim, device=self.device_)
-        for name in names:
-            total += self._prompt(x, batch, z, self._doses([name])).mean(0)
-        self._back(was)
-        return (total / len(names)).cpu()
+    @evaluating
+    def _mean_prompt(
+        self, names: Sequence[str] = (), untaught: Collection[str] = ()
+    ) -> Tensor:
+        """Return the mean prompt of conditions, by default all, (z_dim,)."""
+        names = names or self.sizes_["conditions"]
+        coded, tables = self._coded(), self._doses(names, "mean", untaught)
+        prompts = (self._prompt(*coded, row_of(tables, i)) for i in range(len(names)))
+        return torch.stack([q.mean(0) for q in prompts]).mean(0).cpu()
 
-    @torch.no_grad()
-    def _centre(self) -> None:
-        """Find what predictions lack on average over the training conditions.
+    @evaluating
+    def _mean_changes(
+        self, names: Sequence[str], untaught: Collection[str] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean of decoded controls, and the changes predicted for `names`.
 
-        Each gene gets one number for all conditions, for each form of the output and
-        for moves by the transition and by the prompt alone. Networks that were trained
-        with dropout and noise are off by that much.
+        See `latentcycle.mean_changes`; the genes are in the order of the data.
         """
-        was, names = self._evaluating(), self.sizes_["conditions"]
+        tables = self._doses(names, "mean", untaught)
         # About 20,000 predictions are enough, however many conditions there are.
-        x, batch, z = self._some_coded(max(32, 20_000 // len(names)))
-        prompts = (self._prompt(x, batch, z, self._doses([name])) for name in names)
-        made = mean_outputs(self.modules_, z, batch, prompts)
-        truth = self._pairs.mean_changes(len(names))
-        self.arrays_["lacking"] = truth - self._restored(made).cpu()
-        self._back(was)
+        coded = self._coded(max(32, 20_000 // len(names)))
+        prompts = (self._prompt(*coded, row_of(tables, i)) for i in range(len(names)))
+        start, changes = mean_changes(self.modules_, coded[2], coded[1], prompts)
+        flat = self._restored(changes.flatten(0, 1)).unflatten(0, changes.shape[:2])
+        return self._restored(start[None])[0].cpu(), flat.cpu()
 
     def _release(self) -> None:
-        for name in ("_pairs", "_nets", "_keep"):
+        for name in ("_pairs", "_all", "_folds", "_nets", "_keep"):
             self.__dict__.pop(name, None)
         for module in getattr(self, "modules_", {}).values():
             module.requires_grad_(True)
@@ -716,17 +727,6 @@ class REGINA(Estimator):
             told = None if batch is None else batch[rows].to(self.device_)
             yield rows, self._rows(X, rows), told
 
-    def _evaluating(self) -> dict[str, bool]:
-        """Put the networks into evaluation mode; return which were in training."""
-        was = {name: net.training for name, net in self.modules_.items()}
-        for net in self.modules_.values():
-            net.eval()
-        return was
-
-    def _back(self, was: Mapping[str, bool]) -> None:
-        for name, training in was.items():
-            self.modules_[name].train(training)
-
     def _prompt(
         self, x: Tensor, batch: Tensor | None, z: Tensor, tables: dict[str, Tensor]
     ) -> Tensor:
@@ -740,10 +740,13 @@ class REGINA(Estimator):
             q = self._sign * prompt(nets["encoder"], x, doses, value, batch, z)
         q = q + nets["learned"](parts["learned"])
         if bool(parts["mean"].any()):
-            q = q + parts["mean"] * self._mean_prompt().to(x.device)
+            mean = self.arrays_.get("mean_prompt")
+            # While training goes on there is none yet: callbacks predict on the way.
+            mean = self._mean_prompt() if mean is None else mean
+            q = q + parts["mean"] * mean.to(x.device)
         return q
 
-    @torch.no_grad()
+    @evaluating
     def embed(self, adata: AnnData) -> AnnData:
         """Return the latent codes of cells.
 
@@ -764,14 +767,12 @@ class REGINA(Estimator):
             Genes are absent, or a batch is unknown.
         """
         X, batch = self._own(adata)
-        was = self._evaluating()
         codes, states = [], []
         for _, x, told in self._blocks(X, batch):
             z = self.modules_["encoder"](x, told)
             codes.append(z.cpu().numpy())
             logits = self.modules_["classifier"](z)
             states.append(logits.softmax(1).cpu().numpy())
-        self._back(was)
         Z, P = np.concatenate(codes), np.concatenate(states)
         out = AnnData(Z, obs=adata.obs.copy(), obsm={"states": P})
         out.var_names = [f"z{i}" for i in range(Z.shape[1])]
@@ -780,7 +781,7 @@ class REGINA(Estimator):
         out.uns["scgenlib"] = self.provenance(verb="embed", states=self.labels_)
         return out
 
-    @torch.no_grad()
+    @evaluating
     def prompts(
         self,
         adata: AnnData,
@@ -797,14 +798,13 @@ class REGINA(Estimator):
         """
         X, batch = self._own(adata)
         tables = self._doses([perturbation], unmeasured=unmeasured)
-        was, out = self._evaluating(), []
+        out = []
         for _, x, told in self._blocks(X, batch):
             z = self.modules_["encoder"](x, told)
             out.append(self._prompt(x, told, z, tables).cpu().numpy())
-        self._back(was)
         return np.concatenate(out)
 
-    @torch.no_grad()
+    @evaluating
     def predict(
         self,
         adata: AnnData,
@@ -814,6 +814,7 @@ class REGINA(Estimator):
         unmeasured: str = "error",
         by: str = "transition",
         output: str | None = None,
+        kept: float | None = None,
         seed: int | None = None,
     ) -> AnnData:
         """Return what cells would be like under a perturbation.
@@ -838,6 +839,12 @@ class REGINA(Estimator):
             to the code of the silenced cell.
         output
             "shift" or "decoded"; None: what the configuration says.
+        kept
+            Share, 0 to 1, that conditions with an unseen target keep of what sets their
+            change apart from the typical change of the training. Below 1, conditions
+            with nothing but the mean prompt keep none; a target's own expression keeps
+            all. None: what the trials of the fit found, or all if there was no trial or
+            for ``by="prompt"``.
         seed
             Of the draw of the cells; None: the model's.
 
@@ -850,7 +857,7 @@ class REGINA(Estimator):
             cell, with "source" (its name), "perturbation" (and the column of the fit,
             whose old value goes to "source_..."), "condition" (GEARS spelling),
             "dose_val" and "prompt" ("gene", "learned", "mean" or several joined by
-            "+"). ``obsm["latent"]``: codes after the transition.
+            "+") and "kept". ``obsm["latent"]``: codes after the transition.
 
         Raises
         ------
@@ -867,6 +874,8 @@ class REGINA(Estimator):
             raise unknown("output", output, ["shift", "decoded"])
         if by not in ("transition", "prompt"):
             raise unknown("by", by, ["transition", "prompt"])
+        if kept is not None and not 0 <= kept <= 1:
+            raise ConfigError(message("No such share", found=kept, allowed="0 to 1"))
         X, batch = self._own(adata)
         tables = self._doses(wanted, unmeasured=unmeasured)
         rng = np.random.default_rng(self.seed if seed is None else seed)
@@ -881,28 +890,39 @@ class REGINA(Estimator):
         picked = np.arange(adata.n_obs)
         if n_samples is not None:
             picked = rng.choice(picked, n, replace=n > len(picked))
-        asked = self.sizes_["asked"]
-        key, control = asked["perturbation"], asked["control"]
+        key, control = (self.sizes_["asked"][k] for k in ("perturbation", "control"))
         frames = annotate(adata.obs.iloc[picked], wanted, tables, key, control)
         made = np.empty((size, len(self.genes_)), dtype=np.float32)
         codes = np.empty((size, self.config.z_dim), dtype=np.float32)
-        lacking: Any = 0.0
-        if "lacking" in self.arrays_:
-            lacking = self.arrays_["lacking"][FORMS.index((by, output))].numpy()
-        was, nets = self._evaluating(), self.modules_
+        if kept is None:
+            kept = 1.0 if by == "prompt" else self.facts_.get("kept", 1.0)
+        known = self.sizes_["targets"]
+        keep = [
+            share_of(targets_of(one, control), row_of(tables, i), known, kept)
+            for i, one in enumerate(wanted)
+        ]
+        for frame, share in zip(frames, keep, strict=True):
+            frame["kept"] = share
+        # Callbacks that predict while training goes on have neither yet.
+        none = torch.zeros(2, len(MOVES), len(self.genes_))
+        lacking = self.arrays_.get("lacking", none)[int(output == "decoded")]
+        lacking = lacking[MOVES.index(by)]
+        typical = self.arrays_.get("typical", none[0])[MOVES.index(by)]
+        nets = self.modules_
         here = None if batch is None else batch[picked]
         for rows, x, told in self._blocks(X[picked], here):
             z = nets["encoder"](x, told)
-            rest = x - nets["decoder"](z, told) if output == "shift" else 0.0
+            start = nets["decoder"](z, told)
+            before = self._restored(x if output == "shift" else start).cpu() + lacking
             for i in range(len(frames)):
-                own = {name: table[i : i + 1] for name, table in tables.items()}
-                q = self._prompt(x, told, z, own)
+                q = self._prompt(x, told, z, row_of(tables, i))
                 after = move(nets["fwd"], z, q) if by == "transition" else z + q
-                y = rest + nets["decoder"](after, told)
+                change = self._restored(nets["decoder"](after, told) - start).cpu()
                 place = slice(i * n + rows.start, i * n + min(rows.stop, n))
-                made[place] = self._restored(y).cpu().numpy() + lacking
+                # That a target itself falls is no guess: there all is kept.
+                own = torch.where(tables["doses"][i] != 0, 1.0, keep[i])
+                made[place] = before + typical + own * (change - typical)
                 codes[place] = after.cpu().numpy()
-        self._back(was)
         obs = pd.concat(frames)
         for name in ("perturbation", "condition", "prompt", "dose_val"):
             obs[name] = pd.Categorical(obs[name])

@@ -70,7 +70,7 @@ CASES = [
         {
             "embed": lambda model, adata: model.embed(adata),
             "predict": lambda model, adata: model.predict(
-                adata, ["gene03", {"gene01": 2.0, "lost": 1.0}], n_samples=20
+                adata, ["gene03", {"gene01": 2.0, "lost": 1.0}, "gene11"], n_samples=20
             ),
         },
         {"label_key": "cell_type", "batch_key": "batch"},
@@ -94,10 +94,9 @@ def cells() -> AnnData:
     coarse = made.obs["cell_type"].isin(["A", "B"]).map({True: "x", False: "y"})
     made.obs["lineage"] = pd.Categorical(coarse)
     # Three of each batch in turn: controls in all of them.
-    thirds = np.arange(150) // 3 % 3
-    made.obs["perturbation"] = pd.Categorical(
-        np.array(["ctrl", "gene03", "gene01+lost"])[thirds]
-    )
+    names = ["ctrl", "gene03", "gene01+lost", "gene05", "gene07", "gene09"]
+    in_turn = np.arange(150) // 3 % len(names)
+    made.obs["perturbation"] = pd.Categorical(np.array(names)[in_turn])
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 
 import numpy as np
@@ -18,12 +19,14 @@ from scgenlib.errors import ConfigError, DataError, NotFittedError
 from scgenlib.metrics.perturbation import condition_means
 from scgenlib.perturbers import effects
 from scgenlib.regina import REGINA, REGINAConfig
+from scgenlib.shrinkage import target_folds
 from scgenlib.simperturb import screen
 from scgenlib.states import StressScore
 
 DIALS = dict(n_targets=6, n_doubles=3, n_unmeasured=1, n_pathways=3, seed=3)
 # Targets of these dials. A and B have a double; LOST has no column.
 A, B, LOST, DOUBLE = "G11", "G42", "G53", "G11+G53"
+SECOND_PHASES = ["trial 1", "trial 2", "transition"]
 
 # They have a target without a column: one test looks at what is said of it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*not among the genes:UserWarning")
@@ -67,6 +70,10 @@ def state(model) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model._state_tensors().items()}
 
 
+def facts(model) -> str:
+    return json.dumps(model.facts_)
+
+
 def differing(one, two) -> list[str]:
     assert one.keys() == two.keys()
     return [k for k in one if not torch.equal(one[k], two[k])]
@@ -101,6 +108,24 @@ def watched(monkeypatch, name) -> list:
     return seen
 
 
+def watched_evidence(monkeypatch) -> list:
+    """Return a list to which each fit adds what its trials found."""
+    seen, plain = [], regina.kept_share
+
+    def share(rows):
+        seen.append(rows.clone())
+        return plain(rows)
+
+    monkeypatch.setattr(regina, "kept_share", share)
+    return seen
+
+
+def new_gene(model) -> str:
+    """Return a measured gene that is no target of the training."""
+    targets = model.sizes_["targets"]
+    return next(gene for gene in model.genes_ if gene not in targets)
+
+
 # ----------------------------------------------------------------- configuration
 
 
@@ -130,7 +155,7 @@ def test_published_settings_and_what_the_defaults_depart_in():
         if getattr(plain, f.name) != getattr(paper, f.name)
     }
     named = {"w_centre", "w_adv", "w_anchor", "label_controls", "output", "states"}
-    assert apart == named | {"patience", "centred"}
+    assert apart == named | {"patience", "centred", "shrink_folds"}
     assert (paper.w_adv, paper.w_cycle, paper.w_centre) == (3.5, 5.0, 128.0)
     small = REGINAConfig.published("tiny", w_adv=1.0)
     assert (small.w_centre, small.z_dim, small.w_adv) == (4.0, 8, 1.0)
@@ -220,6 +245,8 @@ SECOND = {
     "noise": 0.0,
     "noise_until": 1,
     "noise_end": 1,
+    # Trials leave nothing behind, but they draw numbers.
+    "shrink_folds": 0,
     "output": "decoded",
 }
 
@@ -366,7 +393,7 @@ def test_states_of_a_column(kind, cells):
     made = fit(with_obs(cells, phase=values), fitting={"label_key": "phase"})
     expected = {"text": ["Homeostasis", "Stressed"], "number": ["4", "5"]}
     assert made.labels_ == expected[kind]
-    assert made.facts_ == {"states": "column phase"}
+    assert made.facts_ == {"states": "column phase", "kept": made.facts_["kept"]}
     # The same states by another name: the same model.
     same = fit(cells, fitting={"label_key": "state"})
     assert not differing(state(made), state(same))
@@ -379,13 +406,14 @@ def test_states_fall_back_and_say_so(cells, model):
     assert model.labels_ == ["Homeostasis", "Stressed"]
     names = {gene: f"N{i}" for i, gene in enumerate(cells.var_names) if gene[0] != "G"}
     blank = renamed(cells, names)
-    made = fit(blank)
+    made = fit(blank, shrink_folds=0)
     assert made.facts_ == {"states": "control or perturbed"}
     assert made.labels_ == ["control", "perturbed"]
-    assert not differing(state(made), state(fit(blank, states="perturbed")))
+    same = fit(blank, states="perturbed", shrink_folds=0)
+    assert not differing(state(made), state(same))
     with pytest.raises(DataError, match="stress score"):
         fit(blank, states="stress")
-    asked = fit(cells, states="perturbed")
+    asked = fit(cells, states="perturbed", shrink_folds=0)
     assert asked.facts_ == {"states": "control or perturbed"}
 
 
@@ -463,42 +491,61 @@ def test_data_without_a_peculiarity_give_no_warning(cells, control):
 # ------------------------------------------------------------------------ training
 
 
-def test_both_phases_are_logged(model):
+def test_all_phases_are_logged(model):
     table = model.history_
     terms = table.groupby("phase", sort=False)["term"].unique()
-    assert list(terms.index) == ["autoencoder", "transition"]
+    assert list(terms.index) == ["autoencoder", *SECOND_PHASES]
     first = {"rec", "reg", "class", "cons", "centre", "classifier"}
     assert set(terms["autoencoder"]) == first | {"valid_rec", "valid_inconsistency"}
-    assert set(terms["transition"]) == {"cycle", "adv", "pair", "anchor", "critic"}
+    for phase in SECOND_PHASES:
+        assert set(terms[phase]) == {"cycle", "adv", "pair", "anchor", "critic"}
 
 
 def test_check_11_the_critic_learns_every_fifth_batch(cells):
     made = fit(cells, batch_size=32, max_epochs=1)
-    log = made.history_.query("term == 'critic'")["step"].to_numpy()
-    n = made.history_.query("phase == 'autoencoder'")["step"].max() + 1
-    # Counted from the first batch of each of the two epochs.
-    assert n == 8 and log.tolist() == [0, 5, 8, 13]
+    table = made.history_
+    n = table.query("phase == 'autoencoder'")["step"].max() + 1
+    for phase in SECOND_PHASES:
+        own = table[table["phase"] == phase]
+        log = own.loc[own["term"] == "critic", "step"].tolist()
+        if phase == "transition":
+            # Counted from the first batch of each of the two epochs.
+            assert n == 8 and log == [0, 5, 8, 13]
+            continue
+        few = (own["step"].max() + 1) // 2
+        assert 1 < few < n and log == sorted({0, *range(5, few, 5)} | {few})
     assert "critic" not in set(fit(cells, w_adv=0.0).history_["term"])
 
 
 def test_every_perturbed_cell_is_in_each_epoch_once(cells, monkeypatch):
-    for name in ("autoencoder_step", "transition_step"):
-        seen = watched(monkeypatch, name)
-        marked = with_obs(cells)
-        X = marked.X.toarray()
-        X[:, 1] = np.arange(1, 301) / 100  # a name that is a number
-        marked.X = sparse.csr_matrix(X)
-        fit(marked, valid_share=0.0)
-        ids = [(b.perturbed[:, 1] * 100).round().int().tolist() for b in seen]
+    marked = with_obs(cells)
+    X = marked.X.toarray()
+    X[:, 1] = np.arange(1, 301) / 100  # a name that is a number
+    marked.X = sparse.csr_matrix(X)
+    seen = {"autoencoder": watched(monkeypatch, "autoencoder_step")}
+    second, phases = watched(monkeypatch, "transition_step"), []
+    look = [lambda event: phases.append(event.phase)]
+    made = fit(marked, fitting={"callbacks": look}, valid_share=0.0)
+    phases = phases[len(seen["autoencoder"]) :]
+    for phase, batch in zip(phases, second, strict=True):
+        seen.setdefault(phase, []).append(batch)
+    assert list(seen) == ["autoencoder", *SECOND_PHASES]
+    # Each trial goes without some conditions, the other phases have them all.
+    out = dict.fromkeys(seen, [CONTROL])
+    folds = target_folds(made.sizes_["conditions"], None, 2, 0)
+    for phase, fold in zip(SECOND_PHASES, folds, strict=False):
+        out[phase] = [CONTROL, *fold]
+    names = cells.obs["perturbation"].to_numpy()
+    for phase, batches in seen.items():
+        ids = [(b.perturbed[:, 1] * 100).round().int().tolist() for b in batches]
         half = len(ids) // 2
         epochs = [sum(ids[:half], []), sum(ids[half:], [])]
-        perturbed = np.flatnonzero(cells.obs["perturbation"] != CONTROL) + 1
+        perturbed = np.flatnonzero(~np.isin(names, out[phase])) + 1
         for epoch in epochs:
             assert sorted(epoch) == perturbed.tolist()
         assert epochs[0] != epochs[1]
         # And beside each a control; all of them get their turn.
-        mates = torch.cat([b.control[:, 1] for b in seen]) * 100
-        names = cells.obs["perturbation"].to_numpy()
+        mates = torch.cat([b.control[:, 1] for b in batches]) * 100
         mates = mates.round().int().numpy() - 1
         assert set(names[mates]) == {CONTROL}
         assert len(set(mates)) > 0.9 * (names == CONTROL).sum()
@@ -616,21 +663,21 @@ def test_without_patience_or_held_out_cells_nothing_ends_early(cells):
 def test_inconsistency_is_between_states_before_and_after(cells):
     found = []
 
-    def look(event):
-        m = event.model
-        if event.phase == "transition" or (event.step + 1) % m._pairs.n_batches:
-            return
-        was = m._evaluating()
-        with torch.no_grad():
-            x = torch.from_numpy(m._pairs.X[m._pairs.valid].toarray())
-            z = m.modules_["encoder"](x)
-            made = m.modules_["decoder"](z)
-            before = m.modules_["classifier"](z).softmax(1)
-            after = m.modules_["classifier"](m.modules_["encoder"](made))
-            gap = before.log() - after.log_softmax(1)
-            gap = (before * gap).sum(1).mean()
-        m._back(was)
+    @latentcycle.evaluating
+    def measure(m):
+        x = torch.from_numpy(m._pairs.X[m._pairs.valid].toarray())
+        z = m.modules_["encoder"](x)
+        made = m.modules_["decoder"](z)
+        before = m.modules_["classifier"](z).softmax(1)
+        after = m.modules_["classifier"](m.modules_["encoder"](made))
+        gap = before.log() - after.log_softmax(1)
+        gap = (before * gap).sum(1).mean()
         found.append((float((made - x).square().mean()), float(gap)))
+
+    def look(event):
+        ended = (event.step + 1) % event.model._pairs.n_batches == 0
+        if event.phase == "autoencoder" and ended:
+            measure(event.model)
 
     made = fit(cells, fitting={"callbacks": [look]})
     log = made.history_.set_index("term")["value"]
@@ -667,16 +714,26 @@ class Killed(Exception):
     ],
     ids=lambda c: "-".join(c) or "plain",
 )
-def test_a_killed_fit_goes_on_to_the_same_numbers(changes, few, control, tmp_path):
+def test_a_killed_fit_goes_on_to_the_same_numbers(
+    changes, few, control, tmp_path, monkeypatch
+):
     changes = {"batch_size": 17, **changes}
     told = {"batch_key": changes.pop("batch_key", None)}
+    evidence = watched_evidence(monkeypatch)
     whole = fit(few, fitting=told, **changes)
-    n = whole.history_.query("phase == 'transition'")["step"].max() + 1
-    assert n == 10
-    # In the middle of an epoch of each phase, and behind the end of the first.
-    for number, (phase, at) in enumerate(
-        [("autoencoder", 7), ("transition", 1), ("transition", 8)]
-    ):
+    n = whole.history_.groupby("phase")["step"].max() + 1
+    assert n["transition"] == 10 and (n["trial 1"], n["trial 2"]) == (6, 4)
+    wanted = [A, LOST, new_gene(whole)]
+    # In the middle of an epoch of each phase, and behind the ends of them.
+    points = {
+        ("autoencoder", 7): ("autoencoder", 6),
+        ("trial 1", 1): ("trial 1", 0),
+        ("trial 1", 4): ("trial 1", 3),
+        ("trial 2", 3): ("trial 2", 3),
+        ("transition", 1): ("transition", 0),
+        ("transition", 8): ("transition", 6),
+    }
+    for number, (phase, at) in enumerate(points):
         fitting = {"checkpoint_dir": tmp_path / str(number), "checkpoint_every": 3}
 
         def kill(event, phase=phase, at=at):
@@ -693,27 +750,87 @@ def test_a_killed_fit_goes_on_to_the_same_numbers(changes, few, control, tmp_pat
             {**told, **fitting, "resume": True, "callbacks": watch},
             **changes,
         )
-        assert (
-            begun[0]
-            == [("autoencoder", 6), ("transition", 0), ("transition", 6)][number]
-        )
+        assert begun[0] == points[phase, at]
         assert not differing(state(whole), state(again))
+        assert facts(whole) == facts(again) and "kept" in whole.facts_
         pd.testing.assert_frame_equal(whole.history_, again.history_)
-        np.testing.assert_array_equal(
-            whole.predict(control, [A, LOST]).X, again.predict(control, [A, LOST]).X
-        )
+        for kept in (None, 0.5):
+            one, two = (m.predict(control, wanted, kept=kept) for m in (whole, again))
+            np.testing.assert_array_equal(one.X, two.X)
     # A run that had ended is only read.
     done = fit(few, 0, {**told, **fitting, "resume": True}, **changes)
     assert not differing(state(whole), state(done))
+    # The share itself may well be 0: what it was made of is the same.
+    assert len(evidence) == 1 + len(points) and len(evidence[0]) > 3
+    assert all(torch.equal(rows, evidence[0]) for rows in evidence)
+
+
+@pytest.mark.parametrize("every", [1, 3, 500])
+def test_a_fit_that_is_killed_again_and_again(every, few, control, tmp_path):
+    """At the first, at some and at the last step of each phase, one run in all."""
+    whole = fit(few, batch_size=17)
+    sizes = whole.history_.groupby("phase", sort=False)["step"].max() + 1
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": every, "resume": True}
+    begun, files = [], []
+
+    def watch(event, at):
+        if not begun[-1]:
+            begun[-1] = (event.phase, event.step)
+        if (event.phase, event.step) == at:
+            raise Killed
+
+    points = [(k, at) for k, n in sizes.items() for at in (0, 1, n // 2, n - 1)]
+    for at in points:
+        begun.append(())
+        with pytest.raises(Killed):
+            calls = [lambda event, at=at: watch(event, at)]
+            fit(few, 0, {**options, "callbacks": calls}, batch_size=17)
+        files.append((tmp_path / "checkpoint.safetensors").exists())
+    # What was done last is done again, from the last checkpoint on.
+    starts = [(phase, at - at % every) for phase, at in points]
+    assert begun == [("autoencoder", 0), *starts[:-1]]
+    assert files[0] is False and files[4:] == [True] * (len(points) - 4)
+    again = fit(few, 0, options, batch_size=17)
+    assert not differing(state(whole), state(again))
+    assert facts(whole) == facts(again)
+    pd.testing.assert_frame_equal(whole.history_, again.history_)
+    wanted = [A, LOST, DOUBLE, new_gene(whole)]
+    one, two = (m.predict(control, wanted, kept=0.5) for m in (whole, again))
+    np.testing.assert_array_equal(one.X, two.X)
+
+
+def test_a_fit_that_is_killed_while_a_trial_ends(few, tmp_path, monkeypatch):
+    """Before its weights are put back, and before what it found is written."""
+    whole = fit(few, batch_size=17)
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 3, "resume": True}
+    plain, calls = regina.take_back, []
+
+    def killed(nets, arrays):
+        calls.append(1)
+        if len(calls) % 2:
+            raise Killed
+        plain(nets, arrays)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(regina, "take_back", killed)
+        for _ in range(2):
+            with pytest.raises(Killed):
+                fit(few, 0, options, batch_size=17)
+    again = fit(few, 0, options, batch_size=17)
+    assert not differing(state(whole), state(again))
+    assert facts(whole) == facts(again)
+    pd.testing.assert_frame_equal(whole.history_, again.history_)
 
 
 def test_predicting_on_the_way_changes_nothing(cells, control, model):
-    seen = []
+    seen, gene = [], new_gene(model)
 
     def look(event):
         if event.step % 3 == 1:
             made = event.model.predict(control, [A, LOST, "NEW1"], unmeasured="mean")
-            draw = event.model.predict(control, B, n_samples=5)
+            draw = event.model.predict(control, [B, gene], n_samples=5, kept=0.5)
+            event.model.predict(control, gene, by="prompt", output="decoded")
             event.model.embed(control)
             event.model.prompts(control, DOUBLE)
             if event.step:  # the mean prompt of the moment, never a silent zero
@@ -725,7 +842,8 @@ def test_predicting_on_the_way_changes_nothing(cells, control, model):
     assert not differing(state(model), state(made))
     pd.testing.assert_frame_equal(model.history_, made.history_)
     phases = [phase for phase, *_ in seen]
-    assert set(phases) == {"autoencoder", "transition"}
+    assert set(phases) == {"autoencoder", *SECOND_PHASES}
+    assert model.facts_ == made.facts_
     assert not np.array_equal(seen[0][1], seen[-1][1])
 
 
@@ -1000,9 +1118,9 @@ def test_a_shift_is_the_cell_and_the_decoded_difference(which, control, request)
         start, after = decode(z), decode(moved)
     np.testing.assert_allclose(out.obsm["latent"], moved.numpy(), atol=1e-5)
     lacking = model.arrays_["lacking"].numpy()
-    np.testing.assert_allclose(out.X, x + after - start + lacking[0], atol=1e-5)
-    np.testing.assert_allclose(decoded.X, after + lacking[1], atol=1e-5)
-    mean = x.mean(0) + (after - start).mean(0) + lacking[0]
+    np.testing.assert_allclose(out.X, x + after - start + lacking[0, 0], atol=1e-5)
+    np.testing.assert_allclose(decoded.X, after + lacking[1, 0], atol=1e-5)
+    mean = x.mean(0) + (after - start).mean(0) + lacking[0, 0]
     np.testing.assert_allclose(out.X.mean(0), mean, atol=1e-5)
     assert decoded.uns["scgenlib"]["output"] == "decoded"
     assert np.abs(out.X - decoded.X).max() > 0.1
@@ -1052,7 +1170,7 @@ def test_the_prompt_alone_leads_to_the_silenced_cell(model, control):
         z = model.modules_["encoder"](torch.from_numpy(X))
         expected = model.modules_["decoder"](z).numpy()
     np.testing.assert_allclose(out.obsm["latent"], z.numpy(), atol=1e-5)
-    expected += model.arrays_["lacking"][3].numpy()
+    expected += model.arrays_["lacking"][1, 1].numpy()
     np.testing.assert_allclose(out.X, expected, atol=1e-4)
     assert out.uns["scgenlib"]["by"] == "prompt"
 
@@ -1088,11 +1206,15 @@ def test_a_loaded_model_predicts_the_same(which, control, tmp_path, request):
     again = REGINA.load(tmp_path / "run", device="cpu")
     assert not differing(state(model), state(again))
     wanted = [A, f"{A}+{B}", LOST, DOUBLE, {LOST: 2.0, B: 0.5}, "NEW1", f"{A}+NEW1"]
-    options = {"unmeasured": "mean", "n_samples": 12}
-    one, two = (m.predict(control, wanted, **options) for m in (model, again))
-    np.testing.assert_array_equal(one.X, two.X)
-    np.testing.assert_array_equal(one.obsm["latent"], two.obsm["latent"])
-    pd.testing.assert_frame_equal(one.obs, two.obs)
+    wanted.append(new_gene(model))
+    # Also where the fit found another share than nothing.
+    for kept in (None, 0.7):
+        options = {"unmeasured": "mean", "n_samples": 12, "kept": kept}
+        one, two = (m.predict(control, wanted, **options) for m in (model, again))
+        np.testing.assert_array_equal(one.X, two.X)
+        np.testing.assert_array_equal(one.obsm["latent"], two.obsm["latent"])
+        pd.testing.assert_frame_equal(one.obs, two.obs)
+    assert facts(model) == facts(again) and "kept" in again.facts_
     np.testing.assert_array_equal(model.embed(control).X, again.embed(control).X)
     assert again.facts_["states"] == model.facts_["states"]
     assert StressScore.from_dict(again.facts_["stress"]) == StressScore.from_dict(
