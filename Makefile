@@ -24,11 +24,11 @@ unexport MPLBACKEND
 # Another environment's packages must not leak into this one.
 unexport PYTHONPATH
 
-.PHONY: help book refresh strict results test chapter matrix bench serve lint lock clean
+.PHONY: help book refresh strict results test chapter classroom wheelhouse matrix bench serve lint lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | \
-	    awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	    awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo "  e.g. make chapter CHAPTER=garage DATASET=pollen"
 
 .venv/.installed: requirements.lock pyproject.toml
@@ -78,6 +78,15 @@ test: .venv/.installed ## unit tests, then every notebook against its stored out
 chapter: .venv/.installed ## one chapter on one data set (CHAPTER=, DATASET=), into runs/
 	@$(BIN)/scgenlib run $(or $(CHAPTER),garage) \
 	    -p dataset $(or $(DATASET),pbmc68k_reduced)
+
+classroom: .venv/.installed ## student and instructor notebooks, slides (ONLY=), into _build/classroom
+	@$(BIN)/python tools/classroom.py notebooks $(ONLY)
+	@$(BIN)/python tools/classroom.py slides $(ONLY)
+
+wheelhouse: .venv/.installed ## a folder to install and teach from without a network (OUT=, SYSTEMS=)
+	@$(BIN)/python tools/classroom.py wheelhouse \
+	    --out $(or $(OUT),_build/wheelhouse) \
+	    $(foreach system,$(SYSTEMS),--platform $(system))
 
 matrix: .venv/.installed ## every chapter on every data set at hand, for the status page
 	@$(BIN)/python tools/matrix.py

@@ -1,0 +1,321 @@
+"""Homework with simulated cells of one's own.
+
+Each student gets other cells with another answer. Both follow from the student's id,
+the chapter and a secret of the course, so that nothing has to be stored and a teacher
+can work the answer out again. This is no lock: whoever knows the secret and reads this
+file can do the same. It makes copying from a neighbour useless, not cheating
+impossible. A teacher who wants more keeps the secret, and hands out only `save`d files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from scgenlib.errors import ConfigError, message, unknown
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["CHAPTERS", "Homework", "Task", "homework"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question of a homework.
+
+    Parameters
+    ----------
+    text
+        The question, and the form of the answer.
+    kind
+        "number", "name" (one word) or "names" (a list of words).
+    tolerance
+        "number": the largest distance from the truth. "names": the smallest F1 score,
+        0 to 1, against the true names.
+    """
+
+    text: str
+    kind: str
+    tolerance: float = 0.0
+
+    def is_right(self, found: Any, truth: Any) -> bool:
+        """Return whether the answer `found` is near enough to `truth`."""
+        try:
+            if self.kind == "number":
+                return bool(abs(float(found) - truth) <= self.tolerance)
+            if self.kind == "name":
+                return bool(str(found).strip() == truth)
+            given, right = {str(name) for name in found}, set(truth)
+            f1 = 2 * len(given & right) / max(1, len(given) + len(right))
+            return f1 >= self.tolerance
+        except (TypeError, ValueError):
+            return False
+
+
+@dataclass(frozen=True)
+class Homework:
+    """Cells of one student, and what to find out about them.
+
+    Attributes
+    ----------
+    student_id, chapter
+        Whose homework it is, and to which chapter it belongs.
+    adata
+        The cells, without anything that gives the answer.
+    tasks
+        The questions by key. An answer is a dictionary with the same keys.
+    """
+
+    student_id: str
+    chapter: str
+    adata: AnnData
+    tasks: Mapping[str, Task]
+    secret: str = field(default="", repr=False)
+
+    @property
+    def text(self) -> str:
+        """The questions, as a student reads them."""
+        lines = [f"Homework of {self.student_id}, chapter {self.chapter}"]
+        lines += [f"{key}: {task.text}" for key, task in self.tasks.items()]
+        return "\n".join([*lines, f"Hand in a dictionary: {dict.fromkeys(self.tasks)}"])
+
+    def answer(self) -> dict[str, Any]:
+        """Return the true answers, worked out again from id and secret."""
+        return _make(self.student_id, self.chapter, self.secret)[2]
+
+    def grade(self, answers: Mapping[str, Any]) -> pd.DataFrame:
+        """Compare `answers` with the truth.
+
+        Parameters
+        ----------
+        answers
+            Answers by key of `tasks`. A missing one counts as wrong.
+
+        Returns
+        -------
+        DataFrame
+            A row for each task: `found`, `right` (bool).
+
+        Raises
+        ------
+        ConfigError
+            If a key is no task.
+        """
+        for key in answers:
+            if key not in self.tasks:
+                raise unknown("task", key, self.tasks)
+        truth = self.answer()
+        rows = {
+            key: {
+                "found": answers.get(key),
+                "right": task.is_right(answers.get(key), truth[key]),
+            }
+            for key, task in self.tasks.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def save(self, folder: str | Path) -> Path:
+        """Write cells (.h5ad) and questions (.txt); return the path of the cells."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.chapter}-{self.student_id}.h5ad"
+        self.adata.write_h5ad(path)
+        path.with_suffix(".txt").write_text(self.text + "\n", encoding="utf-8")
+        return path
+
+
+def homework(student_id: str, chapter: str = "garage", *, secret: str = "") -> Homework:
+    """Return the homework of one student.
+
+    Parameters
+    ----------
+    student_id
+        Any text; the same text gives the same cells.
+    chapter
+        One of `CHAPTERS`.
+    secret
+        A word of the course. Another one changes all cells and all answers.
+
+    Returns
+    -------
+    Homework
+
+    Raises
+    ------
+    ConfigError
+        Empty `student_id`, or a chapter without homework.
+    """
+    adata, tasks, _ = _make(student_id, chapter, secret)
+    return Homework(student_id, chapter, adata, tasks, secret)
+
+
+_Made = tuple["AnnData", dict[str, Task], dict[str, Any]]
+
+
+def _make(student_id: str, chapter: str, secret: str) -> _Made:
+    if not student_id.strip():
+        raise ConfigError(
+            message("A homework needs a student", found=student_id, allowed="any text")
+        )
+    if chapter not in CHAPTERS:
+        raise unknown("chapter with homework", chapter, CHAPTERS)
+    text = f"{secret}\0{chapter}\0{student_id}"
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+    return CHAPTERS[chapter](np.random.default_rng(seed))
+
+
+def _seed(rng: np.random.Generator) -> int:
+    return int(rng.integers(2**31))
+
+
+def _bare(adata: AnnData, rng: np.random.Generator, *columns: str) -> AnnData:
+    """Return counts with the columns of obs that a student may see, cells mixed."""
+    import anndata as ad
+
+    from scgenlib.preprocess import normalise
+
+    order = rng.permutation(adata.n_obs)
+    counts = adata.layers["counts"][order]
+    obs = adata.obs[[*columns]].iloc[order].reset_index(drop=True)
+    obs.index = pd.Index([f"cell{i + 1:05d}" for i in range(adata.n_obs)])
+    for name in columns:  # unused categories would tell
+        obs[name] = pd.Categorical(obs[name].astype(str))
+    var = pd.DataFrame(index=[f"gene{i + 1:04d}" for i in range(adata.n_vars)])
+    cells = ad.AnnData(normalise(counts, 1e4), obs=obs, var=var)
+    cells.layers["counts"] = counts
+    adata.uns["order"] = order
+    return cells
+
+
+def _garage(rng: np.random.Generator) -> _Made:
+    """Cells without labels, a few of them of a rare type."""
+    from scgenlib.simulate import simulate
+
+    share = rng.uniform(0.015, 0.045)
+    full = simulate(2000, 400, rare_fraction=share, depth_mean=3000, seed=_seed(rng))
+    cells = _bare(full, rng)
+    rare = (full.obs["cell_type"] == "rare").to_numpy()[full.uns["order"]]
+    tasks = {
+        "n_rare": Task("One type has fewer than 5 % of the cells. How many cells"
+                       " has it? A number.", "number", 0.2 * rare.sum()),
+        "rare_cells": Task("Which cells are these? A list of their names"
+                           " (adata.obs_names).", "names", 0.8),
+    }  # fmt: skip
+    truth = {"n_rare": int(rare.sum()), "rare_cells": cells.obs_names[rare].tolist()}
+    return cells, tasks, truth
+
+
+def _scatlasvae(rng: np.random.Generator) -> _Made:
+    """Batches that share their types, but for one type and one batch."""
+    from scgenlib.simatlas import atlas
+
+    names = ["P", "Q", "R", "S", "T", "U", "V"][: rng.integers(5, 8)]
+    sizes = dict(zip(names, rng.uniform(8, 20, len(names)), strict=True))
+    full = atlas(3000, 500, n_batches=4, lineages={"L": sizes}, hierarchy=0.0,
+                 batch_strength=0.3, depth=2000.0, seed=_seed(rng))  # fmt: skip
+    missing, batch = str(rng.choice(names)), f"batch{rng.integers(1, 5)}"
+    gone = (full.obs["cell_type"] == missing) & (full.obs["batch"] == batch)
+    full = full[~gone.to_numpy()].copy()
+    cells = _bare(full, rng, "batch")
+    tasks = {
+        "n_types": Task("How many cell types are there over all batches? A number.",
+                        "number"),
+        "batch": Task("One type is missing in one batch. In which? A name of"
+                      " adata.obs['batch'].", "name"),
+    }  # fmt: skip
+    return cells, tasks, {"n_types": len(names), "batch": batch}
+
+
+def _cscgan(rng: np.random.Generator) -> _Made:
+    """Real cells of a training set, and four sources that claim to be new cells."""
+    import anndata as ad
+
+    from scgenlib import baselines
+    from scgenlib.simulate import simulate
+
+    full = simulate(1600, 300, depth_mean=3000, programmes=1.0, seed=_seed(rng))
+    train, fresh = full[:800], full[800:1200]
+    made = {
+        "fresh": fresh,
+        "copies": baselines.jitter(train, 400, seed=_seed(rng)),
+        "shuffled": baselines.shuffle_genes(train, 400, seed=_seed(rng)),
+    }
+    one = full.obs["cell_type"].value_counts().index[rng.integers(1, 4)]
+    rest = full[1200:]
+    made["lost"] = rest[(rest.obs["cell_type"] != one).to_numpy()]
+    letters = dict(zip(made, rng.permutation([*"WXYZ"]).tolist(), strict=True))
+    parts = {"training": train} | {letters[k]: v for k, v in made.items()}
+    X = [ad.AnnData(part.X, var=pd.DataFrame(index=full.var_names))
+         for part in parts.values()]  # fmt: skip
+    cells = ad.concat(X, label="source", keys=[*parts], index_unique="-")
+    cells = cells[rng.permutation(cells.n_obs)].copy()
+    cells.obs_names = [f"cell{i + 1:05d}" for i in range(cells.n_obs)]
+    ask = "A letter, W, X, Y or Z (adata.obs['source'])."
+    tasks = {
+        "copies": Task(f"Which source repeats training cells, with noise? {ask}",
+                       "name"),
+        "shuffled": Task(f"Which source has lost how genes vary together? {ask}",
+                         "name"),
+        "lost": Task(f"Which source lacks a cell type? {ask}", "name"),
+    }  # fmt: skip
+    return cells, tasks, {key: letters[key] for key in tasks}
+
+
+def _scgacl(rng: np.random.Generator) -> _Made:
+    """Labelled cells after dropout."""
+    from scgenlib.simulate import simulate
+
+    rate = rng.uniform(0.1, 0.4)
+    full = simulate(1500, 300, depth_mean=6000, dropout=rate, seed=_seed(rng))
+    cells = _bare(full, rng, "cell_type")
+    tasks = {
+        "dropout": Task("Dropout strikes each count with one probability, whatever its"
+                        " value. Which? A number from 0 to 1.", "number", 0.04),
+    }  # fmt: skip
+    return cells, tasks, {"dropout": float(rate)}
+
+
+def _regina(rng: np.random.Generator) -> _Made:
+    """A screen in which some knock-outs do nothing."""
+    from scgenlib.simperturb import screen
+
+    null = int(rng.integers(2, 6))
+    full = screen(4000, 300, n_targets=12, n_doubles=0, n_unmeasured=0,
+                  share_null=null / 12, strength_spread=0.1, n_batches=1,
+                  seed=_seed(rng))  # fmt: skip
+    strength = full.uns["targets"]["strength"]
+    effect = full.varm["effect"]
+    works = strength.index[strength > 0]
+    target = str(rng.choice(works))
+    change = effect[target].drop(target)
+    # The share of common genes is measured best: ask about one of those.
+    mean = pd.Series(np.asarray(full.X.mean(0)).ravel(), full.var_names)
+    common = mean.drop([target]).nlargest(100).index
+    gene = str(change[common].abs().idxmax())
+    cells = _bare(full, rng, "perturbation")
+    cells.var_names = full.var_names
+    tasks = {
+        "n_without_effect": Task("How many of the 12 knock-outs change no gene but"
+                                 " their target? A number.", "number", 1),
+        "sign": Task(f"Does the knock-out of {target} raise or lower {gene}? 'raises'"
+                     " or 'lowers'.", "name"),
+    }  # fmt: skip
+    sign = "raises" if change[gene] > 0 else "lowers"
+    return cells, tasks, {"n_without_effect": null, "sign": sign}
+
+
+#: The chapters with homework.
+CHAPTERS: dict[str, Callable[[np.random.Generator], _Made]] = {
+    "scatlasvae": _scatlasvae,
+    "cscgan": _cscgan,
+    "garage": _garage,
+    "scgacl": _scgacl,
+    "regina": _regina,
+}
