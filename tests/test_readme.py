@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
 import select
 import shlex
@@ -35,6 +34,7 @@ def shell_lines() -> list[str]:
 
 def on_a_terminal(command: str, cwd: Path, seconds: float = 120) -> tuple[int, str]:
     """Run a shell line on a pseudo-terminal, as typed by a reader."""
+    pty = pytest.importorskip("pty", reason="needs a terminal of the Unix kind")
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         command,

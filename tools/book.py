@@ -31,13 +31,17 @@ from typing import Any
 import nbformat
 import yaml
 
+import apidocs
 import generated_pages
+import pages
 
-ROOT = Path(__file__).resolve().parent.parent
+HOME = ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
 EXECUTED = BUILD / "executed"
 #: Beside the notebooks, what a page may read. Anything else stays out of the build.
-SOURCES = ("*.md", "*.bib", "figures", "ledger", "results")
+SOURCES = ("*.md", "*.bib", "api", "figures", "ledger", "results", "teach")
+#: Beside a strict build: the hash of what it was made from.
+STAMP = "made_from.sha256"
 IMAGES = ("image/png", "image/svg+xml", "image/jpeg")
 CELL_TIMEOUT = 1800  # seconds; a laptop may be slow, a hang must end
 
@@ -338,15 +342,32 @@ def assemble(tree: Path, executed: bool) -> None:
             renew_text(path, book / path.name)
         else:
             copy(path, book / path.name)
-    for name in ("_config.yml", "_toc.yml", "_static"):
+    for name in ("_toc.yml", "_static"):
         copy(ROOT / name, tree / name)
     copy(mathjax(), tree / "vendor" / "mathjax" / "tex-svg.js")
-    for name, text in generated_pages.pages(ROOT, [book / p.name for p in paths]):
+    configure(tree / "_config.yml")
+    staged = [book / path.name for path in paths]
+    pages.label_all(staged)
+    # The functions of a page are read from the package beside this file.
+    reference = apidocs.Reference(HOME, book, staged)
+    for name, text in generated_pages.pages(ROOT, staged, reference):
         page = book / name
-        marker = f"% generated: {page.stem}\n"
+        marker = f"% generated: {name.removesuffix('.md').replace('/', '-')}\n"
         if marker not in page.read_text():
             raise BookError(f"book/{name} has no line {marker.strip()!r}")
         page.write_text(page.read_text().replace(marker, text))
+    pages.decorate(ROOT, tree, staged, reference)
+
+
+def configure(target: Path) -> None:
+    """Write the configuration of the build, with or without a public address."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    address = os.environ.get("BOOK_PUBLIC_URL", config.get("public_url") or "")
+    try:
+        config = pages.switch_on(config, address)
+    except ValueError as error:
+        raise BookError(str(error)) from None
+    target.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def copy(source: Path, target: Path) -> None:
@@ -412,6 +433,7 @@ def render() -> None:
     """Build the pages of the executed notebooks into `_build/html`."""
     assemble(EXECUTED, executed=True)
     jupyter_book(EXECUTED, ROOT, "--quiet", "--all")
+    finish(EXECUTED, BUILD / "html")
     check_pages(EXECUTED, BUILD / "html")
     print(f"\nThe book: {(BUILD / 'html' / 'index.html').as_uri()}")
     print("or `make serve`, then http://localhost:8000")
@@ -423,7 +445,46 @@ def strict() -> None:
     shutil.rmtree(work, ignore_errors=True)
     assemble(work / "source", executed=False)
     jupyter_book(work / "source", work, "--all", "-W", "--keep-going")
-    check_pages(work / "source", work / "_build" / "html")
+    site = work / "_build" / "html"
+    finish(work / "source", site)
+    check_pages(work / "source", site)
+    (work / STAMP).write_text(f"{site_hash()}\n")
+
+
+def site_hash() -> str:
+    """Return a hash of all files that the pages are made from."""
+    digest = hashlib.sha256()
+    files = [ROOT / name for name in ("_config.yml", "_toc.yml", "CITATION.cff")]
+    for folder in ("book", "_static", "scgenlib", "tools", "data_manifests"):
+        files += [f for f in (ROOT / folder).rglob("*") if "__pycache__" not in f.parts]
+    for file in sorted(f for f in files if f.is_file()):
+        digest.update(f"{file.relative_to(ROOT)}\0".encode())
+        digest.update(file.read_bytes())
+    digest.update(os.environ.get("BOOK_PUBLIC_URL", "").encode())
+    return digest.hexdigest()
+
+
+def is_built(site: Path) -> bool:
+    """Return whether `strict` has built these very files."""
+    stamp = site.parent.parent / STAMP
+    return stamp.is_file() and stamp.read_text().strip() == site_hash()
+
+
+def finish(tree: Path, site: Path) -> None:
+    """Make the site lighter, and its downloads what their authors wrote."""
+    for path in notebooks():
+        # What was added for the page does not belong into a reader's notebook; what
+        # was executed does.
+        notebook = nbformat.read(path, as_version=4)
+        ran = nbformat.read(tree / "book" / path.name, as_version=4)
+        outputs = iter([cell for cell in ran.cells if cell.cell_type == "code"])
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                done = next(outputs)
+                cell.outputs = done.outputs
+                cell.execution_count = done.execution_count
+        write_notebook(notebook, site / "_sources" / "book" / path.name)
+    pages.slim(site)
 
 
 # --- check ----------------------------------------------------------------------

@@ -15,10 +15,14 @@ from typing import Any
 
 import nbformat
 
+import apidocs
+
 NOT_RUN = "not run yet"
 
 
-def pages(root: Path, notebooks: Sequence[Path]) -> Iterator[tuple[str, str]]:
+def pages(
+    root: Path, notebooks: Sequence[Path], reference: apidocs.Reference
+) -> Iterator[tuple[str, str]]:
     """Yield (file name, text) for each page with a generated part.
 
     Parameters
@@ -27,11 +31,17 @@ def pages(root: Path, notebooks: Sequence[Path]) -> Iterator[tuple[str, str]]:
         The root of the repository.
     notebooks
         The notebooks as they will be shown, with their outputs.
+    reference
+        The API reference of the package.
     """
     yield "datasets.md", datasets_text()
     yield "status.md", status_text(root, notebooks)
     if (root / "book" / "scale.md").is_file():
         yield "scale.md", loader_text(root)
+    if (root / "book" / "api").is_dir():
+        yield "api/index.md", reference.index()
+        for name in apidocs.PAGES:
+            yield f"api/{name}.md", reference.page(name)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
