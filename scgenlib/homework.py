@@ -10,6 +10,7 @@ impossible. A teacher who wants more keeps the secret, and hands out only `save`
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from scgenlib.errors import ConfigError, message, unknown
+from scgenlib.files import atomic
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -123,11 +125,17 @@ class Homework:
 
     def save(self, folder: str | Path) -> Path:
         """Write cells (.h5ad) and questions (.txt); return the path of the cells."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.chapter}-{self.student_id}.h5ad"
-        self.adata.write_h5ad(path)
-        path.with_suffix(".txt").write_text(self.text + "\n", encoding="utf-8")
+        # An id may be any text, and a name of a file may not.
+        name = re.sub(r"[^\w.@-]", "_", self.student_id)
+        if name != self.student_id:
+            name += "-" + hashlib.sha256(self.student_id.encode()).hexdigest()[:6]
+        name = f"{self.chapter}-{name}"
+        path = Path(folder) / f"{name}.h5ad"
+        with atomic(path, "The homework cannot be written") as part:
+            self.adata.write_h5ad(part)
+        text = Path(folder) / f"{name}.txt"
+        with atomic(text, "The homework cannot be written") as part:
+            part.write_text(self.text + "\n", encoding="utf-8")
         return path
 
 

@@ -308,6 +308,9 @@ class REGINA(Estimator):
     ) -> Self:
         """Learn the auto-encoder, then what leads from controls to perturbed cells.
 
+        Between the two come trials of the latter without a part of the targets each;
+        `shrinkage` makes of them what predictions for unseen targets keep.
+
         Parameters
         ----------
         adata

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import nbformat
@@ -360,6 +361,11 @@ def test_homework_is_saved_without_secret(tmp_path):
     import anndata as ad
 
     path = chapter.homework("ada", "garage", secret="oakwood").save(tmp_path)
+    # An id is no path, and two ids are two files.
+    own = chapter.homework("../a b", "garage")
+    others = replace(own, student_id="../a_b")
+    kept = {one.save(tmp_path / "two") for one in (own, others)}
+    assert len(kept) == 2 and {p.parent for p in kept} == {tmp_path / "two"}
     assert ad.read_h5ad(path).n_obs == 2000
     assert b"oakwood" not in path.read_bytes()
     assert "n_rare" in path.with_suffix(".txt").read_text()

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import select
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from terminal import on_a_terminal
 
 import generated_pages
 from scgenlib import cli
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-BIN = Path(sys.executable).parent
 # Minutes long, and run as a whole by the continuous integration.
 EXPENSIVE = ("make book", "make test")
 
@@ -30,39 +27,6 @@ def blocks(language: str) -> list[str]:
 def shell_lines() -> list[str]:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     return [line.split("#")[0].strip() for line in lines if line.strip()]
-
-
-def on_a_terminal(command: str, cwd: Path, seconds: float = 120) -> tuple[int, str]:
-    """Run a shell line on a pseudo-terminal, as typed by a reader."""
-    pty = pytest.importorskip("pty", reason="needs a terminal of the Unix kind")
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        command,
-        shell=True,
-        cwd=cwd,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
-        close_fds=True,
-    )
-    os.close(theirs)
-    seen, until = b"", time.monotonic() + seconds
-    while time.monotonic() < until:
-        if select.select([ours], [], [], 0.2)[0]:
-            try:
-                seen += os.read(ours, 65536)
-            except OSError:  # the other end is closed
-                break
-        elif process.poll() is not None:
-            break
-    os.close(ours)
-    if process.poll() is None:
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return process.wait(), seen.decode(errors="replace")
 
 
 def test_order_of_the_sections():

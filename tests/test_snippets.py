@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
+from terminal import BIN, on_a_terminal
 
 import apidocs
 import book
 from scgenlib import cli, datasets
 
 pytestmark = pytest.mark.timeout(900)
-BIN = Path(sys.executable).parent
 BOOK = book.HOME / "book"
 
 
@@ -122,7 +120,7 @@ def test_block_runs_alone(name, tmp_path):
     after = [line for line in lines_of(BOOK / f"{name}.ipynb")
              if line.startswith("scgenlib generate")]  # fmt: skip
     for line in after:
-        status, shown = on_a_terminal(line, tmp_path)
+        status, shown = typed(line, tmp_path)
         assert status == 0, shown
         assert (tmp_path / shlex.split(line)[-1]).is_file()
 
@@ -192,33 +190,11 @@ def test_every_shell_line_has_a_way_to_be_tried():
     assert all(chosen(name) for name in WAYS)
 
 
-def on_a_terminal(command: str, cwd: Path, seconds: float = 300) -> tuple[int, str]:
-    """Run a shell line on a pseudo-terminal, as typed by a reader."""
-    pty = pytest.importorskip("pty", reason="needs a terminal of the Unix kind")
+def typed(command: str, cwd: Path) -> tuple[int, str]:
+    """Run a line of a page on a pseudo-terminal, with a home of its own."""
     command = command.replace(".venv/bin/", f"{BIN}{os.sep}")
-    ours, theirs = pty.openpty()
     home = {"HOME": str(cwd), "JUPYTER_DATA_DIR": str(cwd / "jupyter")}
-    process = subprocess.Popen(
-        command, shell=True, cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs,
-        env={**os.environ, **home, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
-        close_fds=True,
-    )  # fmt: skip
-    os.close(theirs)
-    seen, until = b"", time.monotonic() + seconds
-    while time.monotonic() < until:
-        if select.select([ours], [], [], 0.2)[0]:
-            try:
-                seen += os.read(ours, 65536)
-            except OSError:  # the other end is closed
-                break
-        elif process.poll() is not None:
-            break
-    os.close(ours)
-    try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    return process.wait(), seen.decode(errors="replace")
+    return on_a_terminal(command, cwd, 300, **home)
 
 
 @pytest.fixture
@@ -234,7 +210,7 @@ def test_line_runs_on_a_terminal(line, clone):
     if line.startswith(("scgenlib datasets verify", "scgenlib datasets fetch")):
         if not has_data(line.split()[-1]):
             pytest.skip(f"needs the data set {line.split()[-1]}")
-    status, shown = on_a_terminal(line, clone)
+    status, shown = typed(line, clone)
     assert status == 0, shown
     assert "Traceback" not in shown
 
@@ -242,11 +218,11 @@ def test_line_runs_on_a_terminal(line, clone):
 @pytest.mark.parametrize("line", chosen("prepare"))
 def test_papermill_line_prepares_its_notebook(line, clone):
     if "--help-notebook" in line:
-        status, shown = on_a_terminal(line, clone)
+        status, shown = typed(line, clone)
         assert status == 0 and "dataset" in shown
         return
     (clone / "runs").mkdir()
-    status, shown = on_a_terminal(f"{line} --prepare-only", clone)
+    status, shown = typed(f"{line} --prepare-only", clone)
     assert status == 0, shown
     assert "unknown parameter" not in shown
     output = clone / shlex.split(line)[2]
@@ -306,6 +282,6 @@ def test_workflow_takes_the_profile_of_the_page(clone):
     (clone / "cluster" / "config.yaml").write_text(local)
     for line in chosen("dry"):
         line = line if line.endswith(" -n") else f"{line} -n"
-        status, shown = on_a_terminal(f"{line} --config chapter=garage", clone)
+        status, shown = typed(f"{line} --config chapter=garage", clone)
         assert status == 0, shown
         assert "Using profile cluster" in shown

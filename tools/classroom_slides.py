@@ -260,15 +260,19 @@ def page(name: str, labels: Labels) -> str:
     title = re.sub(r"<[^>]+>", "", first[1]) if first else name
     reveal = _script(_PACKAGE, "revealjs/dist/reveal.js")
     style = _script(_PACKAGE, "revealjs/dist/reveal.css") + _STYLE
-    scripts = [_MATHJAX, book.mathjax().read_text(encoding="utf-8"), reveal, _START]
+    mathjax = book.mathjax().read_text(encoding="utf-8")
+    # A script ends where its text says so: that text is written otherwise.
+    scripts = [
+        script.replace("</script", r"<\/script")
+        for script in (_MATHJAX, mathjax, reveal, _START)
+    ]
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>",
             f'<div class="reveal"><div class="slides">\n{deck.html()}\n</div></div>',
-            *(f"<script>{script.replace('</script', '<_/script')}</script>".replace(
-                "<_/script", r"<\/script") for script in scripts),
+            *(f"<script>{script}</script>" for script in scripts),
             "</body>\n</html>\n",
         ]
     )  # fmt: skip

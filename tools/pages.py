@@ -388,7 +388,6 @@ def switch_on(config: dict[str, Any], address: str) -> dict[str, Any]:
 UNUSED = (
     "_static/locales",
     "_static/**/*.map",
-    "_static/**/*.LICENSE.txt",
     "_static/sphinx-thebe.*",
     # The icons a second time, as a script; the style sheet has them as a font.
     "_static/scripts/fontawesome.js",
