@@ -171,3 +171,16 @@ def test_core_is_short(path):
     assert words <= 2500
     assert sum(map(images, core_code)) <= 8
     assert 1 <= claims <= 10
+
+
+def test_most_printed_outputs_are_compared():
+    # nbval compares what is printed unless the cell says otherwise; a claim that nobody
+    # compares may rot.
+    printed = compared = 0
+    for path in PATHS:
+        for cell in code(path):
+            kinds = {output.output_type for output in cell.outputs}
+            if kinds & {"stream", "execute_result"}:
+                printed += 1
+                compared += "nbval-ignore-output" not in cell.metadata.get("tags", [])
+    assert compared >= 0.6 * printed, f"{compared} of {printed}"

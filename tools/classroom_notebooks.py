@@ -30,6 +30,15 @@ from classroom_myst import (
 from scgenlib.selfcheck import pack
 
 _VOTE = "Your vote, and why: ..."
+# Sections of a teaching page that the teacher's notebook begins with, in this order.
+_NOTES = (
+    "Misconceptions",
+    "50 minutes",
+    "90 minutes",
+    "Questions",
+    "By hand",
+    "Exit ticket",
+)
 LANES = {"core": "first class", "deep": "second class"}
 
 
@@ -407,7 +416,7 @@ def _for_the_teacher(name: str, total: dict[str, float]) -> str:
     path = BOOK / "teach" / f"{name}.md"
     if path.is_file():
         text = path.read_text(encoding="utf-8")
-        for wanted in ("Misconceptions", "Questions"):
+        for wanted in _NOTES:
             match = re.search(rf"^## {wanted}\b.*?(?=^## |\Z)", text, re.M | re.S)
             if match:
                 lines += ["", match[0].strip()]
