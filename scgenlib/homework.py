@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,9 @@ class Homework:
         return path
 
 
-def homework(student_id: str, chapter: str = "garage", *, secret: str = "") -> Homework:
+def homework(
+    student_id: str, chapter: str | None = None, *, secret: str = ""
+) -> Homework:
     """Return the homework of one student.
 
     Parameters
@@ -147,7 +150,7 @@ def homework(student_id: str, chapter: str = "garage", *, secret: str = "") -> H
     student_id
         Any text; the same text gives the same cells.
     chapter
-        One of `CHAPTERS`.
+        One of `CHAPTERS`. Left out: the one that the notebook has started.
     secret
         A word of the course. Another one changes all cells and all answers.
 
@@ -158,8 +161,21 @@ def homework(student_id: str, chapter: str = "garage", *, secret: str = "") -> H
     Raises
     ------
     ConfigError
-        Empty `student_id`, or a chapter without homework.
+        Empty `student_id`, a chapter without homework, or no chapter at all.
     """
+    if chapter is None:
+        from scgenlib.chapter import _STARTED
+
+        # `chapter.start` leaves the name in the notebook, which is `__main__`.
+        chapter = getattr(sys.modules["__main__"], _STARTED, None)
+    if chapter is None:
+        raise ConfigError(
+            message(
+                "Homework belongs to a chapter, and none was started here",
+                allowed=f"one of {', '.join(CHAPTERS)}",
+                do="Name one: chapter.homework(student_id, 'garage').",
+            )
+        )
     adata, tasks, _ = _make(student_id, chapter, secret)
     return Homework(student_id, chapter, adata, tasks, secret)
 

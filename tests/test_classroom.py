@@ -369,14 +369,45 @@ def test_homework_is_saved_without_secret(tmp_path):
     assert ad.read_h5ad(path).n_obs == 2000
     assert b"oakwood" not in path.read_bytes()
     assert "n_rare" in path.with_suffix(".txt").read_text()
-    assert "oakwood" not in repr(chapter.homework("ada", secret="oakwood"))
+    assert "oakwood" not in repr(chapter.homework("ada", "garage", secret="oakwood"))
+
+
+def test_homework_is_that_of_the_chapter_at_hand(monkeypatch):
+    with pytest.raises(ConfigError, match="Homework belongs to a chapter.*'garage'"):
+        chapter.homework("ada")
+    here = sys.modules["__main__"]
+    monkeypatch.setattr(here, "_scgenlib_chapter", "scgacl", raising=False)
+    assert chapter.homework("ada").chapter == "scgacl"
+    monkeypatch.setattr(here, "_scgenlib_chapter", "data")
+    with pytest.raises(ConfigError, match="[Uu]nknown chapter with homework.*'data'"):
+        chapter.homework("ada")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_class_notebooks_set_homework_and_mark_it(name, labels, monkeypatch, capsys):
+    here = sys.modules["__main__"]
+    monkeypatch.setattr(here, "_scgenlib_chapter", name, raising=False)
+    hand_in = notebooks.student(name, labels).cells
+    scope = {"chapter": chapter}
+    exec(next(c.source for c in hand_in if "student_id =" in c.source), scope)
+    assert scope["work"].chapter == name and set(scope["answers"].values()) == {None}
+    marking = next(c.source for c in notebooks.instructor(name, labels).cells
+                   if "handed_in =" in c.source)  # fmt: skip
+    right = scope["work"].answer()
+    for answers, verdict in ((right, "True"), (scope["answers"], "False")):
+        shown = marking.replace('{"some id": {}}', repr({"your id": answers}))
+        assert shown != marking
+        capsys.readouterr()
+        exec(shown, {"chapter": chapter})
+        lines = capsys.readouterr().out.splitlines()[-len(right) :]
+        assert all(line.endswith(verdict) for line in lines)
 
 
 def test_homework_errors():
     with pytest.raises(ConfigError, match="Did you mean 'garage'"):
         chapter.homework("ada", "garag")
     with pytest.raises(ConfigError, match="needs a student"):
-        chapter.homework(" ")
+        chapter.homework(" ", "garage")
     with pytest.raises(ConfigError, match="Did you mean 'dropout'"):
         chapter.homework("ada", "scgacl").grade({"drop_out": 1})
 

@@ -27,6 +27,7 @@ from classroom_myst import (
     quoted,
     references,
 )
+from scgenlib.homework import CHAPTERS as HOMEWORK
 from scgenlib.selfcheck import pack
 
 _VOTE = "Your vote, and why: ..."
@@ -165,7 +166,35 @@ def student(name: str, labels: Labels) -> NotebookNode:
             cells.append(cell)
         elif piece.solution is None:
             cells += _text(piece.source, convert, tasks)
+    if name in HOMEWORK:
+        cells += [new_markdown_cell(_HOMEWORK), new_code_cell(_HAND_IN)]
     return _finish(notebook, cells, convert)
+
+
+_HOMEWORK = """## Homework
+
+Cells of your own, drawn for your id. Nobody else has the same ones, or the same answer.
+Use whatever the chapter has taught; no line of it is asked for. Hand in `answers`."""
+
+_HAND_IN = """student_id = "your id"
+work = chapter.homework(student_id)
+print(work.text)
+print(work.adata)
+answers = dict.fromkeys(work.tasks)  # None until you know better"""
+
+_MARKING = """## Homework
+
+Nobody needs a list of answers. They are worked out again from the id, and from the word
+of the course if you chose one."""
+
+_MARK = """handed_in = {"some id": {}}  # id -> the dictionary that was handed in
+secret = ""  # the word of the course
+for student_id, answers in handed_in.items():
+    work = chapter.homework(student_id, secret=secret)
+    print(student_id)
+    for key, truth in work.answer().items():
+        print(f"  {key}: {truth}"[:200])
+    print(work.grade(answers)["right"].to_string())"""
 
 
 def _ask(question: str, answer: str) -> str:
@@ -371,6 +400,8 @@ def instructor(name: str, labels: Labels) -> NotebookNode:
             cells += _text(source, convert, tasks)
     notes, _ = convert.cell(_for_the_teacher(name, minutes(notebook)))
     cells.insert(1, new_markdown_cell(notes))
+    if name in HOMEWORK:
+        cells += [new_markdown_cell(_MARKING), new_code_cell(_MARK)]
     return _finish(notebook, cells, convert)
 
 
