@@ -7,6 +7,7 @@ coordinates (float32), `obs` is kept, ``uns["scgenlib"]`` says where it came fro
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import warnings
@@ -129,7 +130,10 @@ def harmony(
     batches = pd.DataFrame({"batch": adata.obs[batch_key].astype(str).to_numpy()})
     # It logs to stderr, which a notebook would show.
     logging.getLogger("harmonypy").setLevel(logging.WARNING)
-    # One thread: the numbers are the same for any, and a caller's limit holds.
+    # One thread: the numbers are the same for any, and a caller's limit holds. The
+    # older form, which Windows has, computes with torch and asks for a device.
+    is_older = "device" in inspect.signature(harmonypy.run_harmony).parameters
+    where = {"device": "cpu"} if is_older else {"ncores": 1}
     found = harmonypy.run_harmony(
         np.asarray(before.X, dtype=np.float64),
         batches,
@@ -138,7 +142,7 @@ def harmony(
         max_iter_harmony=max_iter,
         verbose=False,
         random_state=seed,
-        ncores=1,
+        **where,
     )
     config = {"batch_key": batch_key, "n_pcs": before.n_vars, "n_genes": n_genes}
     config |= {"theta": theta, "max_iter": max_iter}

@@ -442,7 +442,8 @@ def index(tmp_path, monkeypatch):
     wheel(folder, "dill", "4.0")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setattr(bundle, "locked", lambda: {"alder": "1.0", "birch": "2.0"})
+    pins = {"alder": "1.0", "birch": "2.0"}
+    monkeypatch.setattr(bundle, "locked", lambda system="linux": pins)
     return folder
 
 

@@ -127,6 +127,19 @@ def test_every_image_is_described(site):
             assert not re.search(r"[\w/]+\.(?:png|svg|jpe?g)\b", alt), f"{where}: {alt}"
 
 
+def test_a_picture_opens_at_its_own_size(site):
+    found = 0
+    for path in (page.path for page in every_page(site)):
+        text = path.read_text(encoding="utf-8")
+        for match in re.finditer(r'<img\b[^>]*\bsrc="([^"]*_images/[^"]+)"', text):
+            before = text[: match.start()].rstrip()
+            link = re.search(r'<a\b[^>]*href="([^"]+)"[^>]*>$', before)
+            assert link and link[1] == match[1], (path.name, match[0])
+            found += 1
+        assert pages.link_images(text) == text
+    assert found > 50
+
+
 def test_nothing_is_requested_from_another_host(site):
     for page in every_page(site):
         elsewhere = [url for url in page.loaded if is_elsewhere(url)]

@@ -56,6 +56,14 @@ PAGES: dict[str, tuple[str, ...]] = {
 #: The equation of the book -> what computes it.
 EQUATIONS: dict[str, tuple[str, ...]] = {
     "eq-log1p": ("preprocess.normalise",),
+    "eq-data-log": ("preprocess.normalise",),
+    "eq-data-nb": ("likelihoods.nb_log_prob",),
+    "eq-machines-vae": ("losses.kl_to_standard_normal",),
+    "eq-machines-gan": ("losses.discriminator_loss", "losses.generator_loss"),
+    "eq-machines-w1": ("losses.wasserstein_critic_loss",),
+    "eq-machines-penalty": ("losses.gradient_penalty",),
+    "eq-machines-attention": ("graph.GAT",),
+    "eq-machines-contrast": ("losses.nt_xent",),
     "eq-evaluation-w1": ("metrics.wasserstein", "metrics.sliced_wasserstein"),
     "eq-evaluation-mmd": ("metrics.mmd2", "metrics.mmd"),
     "eq-evaluation-ari": ("metrics.ari", "metrics.ari_over_resolutions"),

@@ -53,10 +53,16 @@ _FREE = re.compile(r"\b(BSD|MIT|Apache|GPL|CC BY|CC0)\b|\bGPL-", re.I)
 _LARGEST_TORCH = 400e6  # bytes; a build for the GPU is larger
 
 
-def locked() -> dict[str, str]:
-    """Return name -> version of requirements.lock."""
+def locked(platform: str = "linux") -> dict[str, str]:
+    """Return name -> version of requirements.lock, as one system reads it."""
     lines = (ROOT / "requirements.lock").read_text().splitlines()
-    return dict(x.split("==") for x in lines if x and not x.startswith("#"))
+    found = [Requirement(x) for x in lines if x and not x.startswith("#")]
+    system = {**PLATFORMS[platform][1], **_PYTHON}
+    return {
+        x.name: str(x.specifier).removeprefix("==")
+        for x in found
+        if x.marker is None or x.marker.evaluate(system)
+    }
 
 
 def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -281,11 +287,11 @@ def wheelhouse(
     for name in only:
         if name != "scgenlib" and name not in pins:
             raise unknown("package of requirements.lock", name, [*pins, "scgenlib"])
-    roots = [f"{n}=={v}" for n, v in pins.items() if not only or n in only]
+    chosen = [n for n in pins if not only or n in only]
     own = not only or "scgenlib" in only
     extra = [] if only else [EDITOR]
     if dry_run:
-        print(f"{len(roots) + own} packages{' and ' + EDITOR if extra else ''},"
+        print(f"{len(chosen) + own} packages{' and ' + EDITOR if extra else ''},"
               f" for {', '.join(platforms)}, into {out}")  # fmt: skip
         print("\n".join(copy_data(out / "data", dry_run=True)))
         return
@@ -295,6 +301,8 @@ def wheelhouse(
     wheels.mkdir(parents=True, exist_ok=True)
     lines = []
     for platform in platforms:
+        pins = locked(platform)
+        roots = [f"{name}=={pins[name]}" for name in chosen]
         found, absent = gather(platform, roots + extra, wheels, closed=not only)
         added = sorted(set(found) - set(pins))
         if own:

@@ -205,7 +205,7 @@ def matrix_table(root: Path) -> str:
 
 
 def records_table(root: Path, notebooks: Sequence[Path]) -> str:
-    """Return every recorded run, and those that its chapter could still have."""
+    """Return every recorded run, then those that its chapter could still have."""
     from scgenlib import cli, datasets, records
 
     folder = root / "book" / "results"
@@ -219,18 +219,25 @@ def records_table(root: Path, notebooks: Sequence[Path]) -> str:
                 if path.stem.startswith(head):
                     about = json.loads(path.read_text())["provenance"]
                     found[chapter, name, path.stem[len(head) :]] = about
-    rows = []
+    rows, open_ = [], []
     for path in notebooks:
         experiments = sorted({e for chapter, _, e in found if chapter == path.stem})
         _, task = cli._declared(path)
-        for name in datasets.names(task=task) if experiments else []:
-            for experiment in experiments:
-                about = found.get((path.stem, name, experiment))
-                result = measured(about) if about else [NOT_RUN, "", "", "", ""]
-                rows.append([path.stem, f"`{name}`", experiment, *result])
+        for experiment in experiments:
+            absent = []
+            for name in datasets.names(task=task):
+                if about := found.get((path.stem, name, experiment)):
+                    who = [path.stem, f"`{name}`", experiment]
+                    rows.append([*who, *measured(about)])
+                else:
+                    absent.append(f"`{name}`")
+            if absent:
+                open_.append([path.stem, experiment, ", ".join(absent)])
     if not rows:
         return f"{NOT_RUN.capitalize()}.\n"
-    return table(["chapter", "data set", "experiment", *MEASURED], rows)
+    done = table(["chapter", "data set", "experiment", *MEASURED], rows)
+    left = table(["chapter", "experiment", NOT_RUN], open_)
+    return f"{done}\nWhat a chapter could still have:\n\n{left}"
 
 
 # --- large atlases --------------------------------------------------------------

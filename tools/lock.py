@@ -15,6 +15,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+#: Where one system needs another version: name -> (its marker, the version there).
+ELSEWHERE = {"harmonypy": ('sys_platform == "win32"', "0.2.0")}
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = """\
 # {what}
@@ -26,7 +28,8 @@ HEADER = """\
 
 def closure(requirements: list[str]) -> dict[str, str]:
     """Return name -> installed version of `requirements` and all they need."""
-    todo = [Requirement(text) for text in requirements]
+    asked = [Requirement(text) for text in requirements]
+    todo = [x for x in asked if x.marker is None or x.marker.evaluate()]
     seen: set[tuple[str, frozenset[str]]] = set()
     pins: dict[str, str] = {}
     while todo:
@@ -49,9 +52,19 @@ def closure(requirements: list[str]) -> dict[str, str]:
     return pins
 
 
+def inverted(marker: str) -> str:
+    """Return the marker of all other systems."""
+    return marker.replace("==", "!=")
+
+
 def write(path: Path, what: str, pins: dict[str, str]) -> None:
     """Write one lock file, sorted by name."""
-    lines = [f"{name}=={version}" for name, version in sorted(pins.items())]
+    lines = []
+    for name, version in sorted(pins.items()):
+        marker, other = ELSEWHERE.get(name, ("", ""))
+        lines.append(f"{name}=={version}" + (f"; {inverted(marker)}" if marker else ""))
+        if marker:
+            lines.append(f"{name}=={other}; {marker}")
     path.write_text(HEADER.format(what=what) + "\n".join(lines) + "\n")
     print(f"{path.name}: {len(lines)} packages")
 

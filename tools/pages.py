@@ -409,8 +409,23 @@ _UNUSED_TAGS = re.compile(
 )
 
 
+_IMAGE = re.compile(r"""<img\b[^>]*\bsrc="((?:\.\./)*_images/[^"]+)"[^>]*>""")
+
+
+def link_images(text: str) -> str:
+    """Link each picture of a page to its file, which may be larger than the column."""
+
+    def linked(match: re.Match[str]) -> str:
+        before = text[: match.start()].rstrip()
+        if re.search(r"<a\b[^>]*>$", before):
+            return match[0]
+        return f'<a class="whole-picture" href="{match[1]}">{match[0]}</a>'
+
+    return _IMAGE.sub(linked, text)
+
+
 def slim(site: Path) -> None:
-    """Remove from a built site what no page loads, or what loads from elsewhere."""
+    """Remove what no page loads, or loads from elsewhere; link pictures to files."""
     for pattern in UNUSED:
         for path in sorted(site.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -431,6 +446,6 @@ def slim(site: Path) -> None:
         options.write_text(text.replace("SHOW_SEARCH_SUMMARY: true", shown))
     for path in site.rglob("*.html"):
         text = path.read_text(encoding="utf-8")
-        lean = _UNUSED_TAGS.sub("", text)
+        lean = link_images(_UNUSED_TAGS.sub("", text))
         if lean != text:
             path.write_text(lean, encoding="utf-8")
