@@ -79,9 +79,9 @@ def card_text(card: dict[str, Any]) -> str:
     """Return one data set's section."""
     rows: list[list[Any]] = [
         ["citation", card.get("citation")],
-        ["DOI", card.get("doi")],
+        ["DOI", card.get("doi") and f"[{card['doi']}](https://doi.org/{card['doi']})"],
         ["accession", card.get("accession")],
-        ["source", card.get("source")],
+        ["source", re.sub(r"https?://[^\s,;)]+", r"<\g<0>>", card.get("source") or "")],
         ["organism", card.get("organism")],
         ["licence", card.get("licence")],
         ["values in the file", card.get("value_scale")],
