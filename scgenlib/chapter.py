@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from scgenlib.contract import card_of
 from scgenlib.errors import ConfigError, DataError, OutputError, message, unknown
 from scgenlib.records import (
+    OWN,
     Record,
     code_hash,
     peak_memory_mb,
@@ -101,10 +102,28 @@ class Run:
         return config_class.profile(self.profile, **overrides)
 
     def recorded(self, experiment: str) -> Record | None:
-        """Return the recorded `experiment` of this chapter and data set."""
-        return recorded(
+        """Return the recorded `experiment` of this chapter and data set.
+
+        A file of your own may have changed since: then there is none, and a line says
+        so.
+        """
+        found = recorded(
             self.chapter, self.dataset or "none", experiment, self.results_dir
         )
+        if found is None or self.adata is None or f"-{OWN}" not in found.path.name:
+            return found
+        from scgenlib.estimator import data_hash
+
+        made = found.provenance
+        whole = made.get("n_cells") == self.adata.n_obs
+        if whole and made["data_hash"] != data_hash(self.adata):
+            say(
+                f"The record of {experiment} was made from other cells than "
+                f"{self.dataset} holds now; it is not shown. Delete {found.path.name} "
+                "and make it again."
+            )
+            return None
+        return found
 
 
 # --- parameters -----------------------------------------------------------------
@@ -191,7 +210,11 @@ def start(
     if dataset is not None:
         from scgenlib import datasets
 
-        adata = datasets.load(dataset)
+        adata = datasets.load(
+            dataset,
+            label_key=values.get("label_key") or None,
+            batch_key=values.get("batch_key") or None,
+        )
         card = card_of(adata)
         if dataset != written_for:
             say(
@@ -364,7 +387,12 @@ def check_dataset(dataset: str, task: str) -> None:
             guess = difflib.get_close_matches(Path(dataset).name, beside, 1)
             hint = f" Did you mean {guess[0]!r}?" if guess else ""
             raise DataError(
-                message("There is no such .h5ad file", found=dataset) + hint
+                message(
+                    "There is no such .h5ad file",
+                    found=dataset,
+                    do=f"Looked in {folder.absolute()}.",
+                )
+                + hint
             )
         if not dataset.endswith(".h5ad") and inner not in datasets.names():
             raise unknown("data set", inner, datasets.names(), error=DataError)

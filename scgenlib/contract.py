@@ -26,7 +26,7 @@ __all__ = [
 
 # What tells our card from anything else that a file may keep in its place.
 _ON_EVERY_CARD = {"name", "value_scale", "recipe", "n_cells"}
-_IN_A_FILE = "; of a file: read_h5ad before, write_h5ad after it"
+_IN_A_FILE = " between adata = anndata.read_h5ad(path) and adata.write_h5ad(path)"
 
 
 def card_of(adata: ad.AnnData) -> dict[str, Any]:

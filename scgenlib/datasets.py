@@ -407,6 +407,7 @@ def load(
     name: str | Path,
     *,
     label_key: str | None = None,
+    batch_key: str | None = None,
     data_dir: str | Path | None = None,
     verbose: bool = True,
 ) -> ad.AnnData:
@@ -420,6 +421,9 @@ def load(
     label_key
         Column that becomes `obs["cell_type"]`. None: the manifest's column; for an
         .h5ad file "cell_type", or Leiden clusters if there is no such column.
+    batch_key
+        Column that becomes `obs["batch"]`. None: the manifest's column; for an .h5ad
+        file "batch", if there is one.
     data_dir
         Folder of files already at hand; None takes SCGENLIB_DATA_DIR.
     verbose
@@ -474,6 +478,12 @@ def load(
         else:
             adata = _from_files(manifest, beside, data_dir, label_key)
         _compare(adata, manifest, own_labels=label_key is None)
+    if batch_key is not None:
+        if batch_key not in adata.obs:
+            raise unknown_error(
+                "batch column", batch_key, adata.obs.columns, error=DataError
+            )
+        adata.obs["batch"] = as_labels(adata.obs[batch_key])
     # A screen is often of one cell line; methods that need types ask for them again.
     few = 1 if simulated or "perturbation" in adata.obs else 2
     check_anndata(adata, label_key="cell_type", min_classes=few)

@@ -13,8 +13,14 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scgenlib.contract import as_conditions, as_labels, check_anndata, check_shape
-from scgenlib.errors import DataError, message, unknown
+from scgenlib.contract import (
+    _check_labels,
+    as_conditions,
+    as_labels,
+    check_anndata,
+    check_shape,
+)
+from scgenlib.errors import DataError, message
 from scgenlib.preprocess import normalise, select_genes, value_scale
 from scgenlib.readers import unique_names
 
@@ -110,7 +116,7 @@ def _name_conditions(adata: ad.AnnData, verbose: bool) -> None:
     adata.obs["perturbation"] = as_conditions(adata.obs[column])
     names = adata.obs["perturbation"].cat.categories
     if verbose:
-        print(f"obs['perturbation'] is {column!r}: {len(names)} conditions")
+        print(f"read as perturbations: obs[{column!r}], {len(names)} conditions")
     if "gene_name" not in adata.var:
         return
     # As GEARS keeps them: identifiers in the index, symbols in a column.
@@ -161,8 +167,8 @@ def load_h5ad(path: Path, label_key: str | None, verbose: bool) -> ad.AnnData:
             )
         ) from error
     check_shape(stored)
-    if label_key is not None and label_key not in stored.obs:
-        raise unknown("label column", label_key, stored.obs.columns, error=DataError)
+    if label_key is not None:
+        _check_labels(stored.obs, label_key, 1)
 
     where, scale, values = _choose(stored)
     adata = ad.AnnData(obs=stored.obs.copy(), var=stored.var.copy())
@@ -189,10 +195,11 @@ def load_h5ad(path: Path, label_key: str | None, verbose: bool) -> ad.AnnData:
             if not pd.api.types.is_float_dtype(stored.obs[name])
             and 2 <= stored.obs[name].nunique() <= 100
         ]
-        hint = f" or name one of {', '.join(others)}" if others else ""
+        hint = f", such as {', '.join(others)}" if others else ""
         print(
-            f"Warning: {path.name} has no column 'cell_type'; Leiden clusters stand in"
-            f" for cell types. Pass label_key{hint} to use known labels."
+            f"Warning: {path.name} has no column 'cell_type'; Leiden clusters of all"
+            " cells, held-out ones too, stand in for cell types. To use known labels,"
+            f" give their column as label_key{hint}."
         )
     adata.obs["cell_type"] = as_labels(labels)
     if "batch" in adata.obs:

@@ -86,6 +86,12 @@ class Homework:
     def text(self) -> str:
         """The questions, as a student reads them."""
         lines = [f"Homework of {self.student_id}, chapter {self.chapter}"]
+        columns = ", ".join(f"adata.obs[{name!r}]" for name in self.adata.obs)
+        lines.append(
+            f"Cells: {self.file}.h5ad, or `adata` of this homework; with {columns}"
+            if columns
+            else f"Cells: {self.file}.h5ad, or `adata` of this homework"
+        )
         lines += [f"{key}: {task.text}" for key, task in self.tasks.items()]
         return "\n".join([*lines, f"Hand in a dictionary: {dict.fromkeys(self.tasks)}"])
 
@@ -124,17 +130,21 @@ class Homework:
         }
         return pd.DataFrame.from_dict(rows, orient="index")
 
-    def save(self, folder: str | Path) -> Path:
-        """Write cells (.h5ad) and questions (.txt); return the path of the cells."""
+    @property
+    def file(self) -> str:
+        """Name of the files that `save` writes, without an ending."""
         # An id may be any text, and a name of a file may not.
         name = re.sub(r"[^\w.@-]", "_", self.student_id)
         if name != self.student_id:
             name += "-" + hashlib.sha256(self.student_id.encode()).hexdigest()[:6]
-        name = f"{self.chapter}-{name}"
-        path = Path(folder) / f"{name}.h5ad"
+        return f"{self.chapter}-{name}"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write cells (.h5ad) and questions (.txt); return the path of the cells."""
+        path = Path(folder) / f"{self.file}.h5ad"
         with atomic(path, "The homework cannot be written") as part:
             self.adata.write_h5ad(part)
-        text = Path(folder) / f"{name}.txt"
+        text = Path(folder) / f"{self.file}.txt"
         with atomic(text, "The homework cannot be written") as part:
             part.write_text(self.text + "\n", encoding="utf-8")
         return path

@@ -170,7 +170,7 @@ def embedding(
     ]
     place = place or fit_map(train[:, genes], seed=seed)
     styles = styles or palette(list(train.obs[label_key]))
-    axes = new_axes(1, 1 + len(others), (3.4 * (1 + len(others)) + 1.6, 3.4))
+    axes = new_axes(1, 1 + len(others), (2.6 * (1 + len(others)) + 1.6, 3.0))
     axes = np.atleast_1d(axes)
     ground = place(train)
     real = train.obs[label_key].astype(str).to_numpy()
@@ -508,7 +508,7 @@ def marker_dots(
         means[title] = frame.groupby(by_type).mean().reindex(types)
         shares[title] = (frame > 0).groupby(by_type).mean().reindex(types)
     top = max(float(np.nanmax(m.to_numpy())) for m in means.values())
-    size = (0.72 * len(genes) + 5.2, 1.5 + 0.3 * len(types))
+    size = (0.5 * len(genes) + 4.4, 1.5 + 0.3 * len(types))
     axes = new_axes(1, 2, size, sharey=True)
     column, row = np.meshgrid(range(len(genes)), range(len(types)))
     for ax, title in zip(axes, sets, strict=True):

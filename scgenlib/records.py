@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 _PACKAGE = Path(__file__).resolve().parent
+#: How the records of a file of one's own begin, after the chapter.
+OWN = "own_"
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,14 @@ class Record:
         return bool(code_hash(modules) == self.provenance["code_hash"])
 
     def describe(self) -> str:
-        """Return one line: device, seconds, memory, versions and date."""
+        """Return one line: profile, seeds, device, seconds, memory, versions, date."""
         p = self.provenance
+        size = ""
+        if {"profile", "n_seeds"} <= p.keys():
+            plural = "" if p["n_seeds"] == 1 else "s"
+            size = f" with profile {p['profile']}, {p['n_seeds']} seed{plural},"
         return (
-            f"recorded {p['date']} on {p['device']} in {p['seconds']:.0f} s, "
+            f"recorded {p['date']}{size} on {p['device']} in {p['seconds']:.0f} s, "
             f"peak {p['peak_memory_mb']:.0f} MB, torch {p['versions']['torch']}, "
             f"scgenlib {p['versions']['scgenlib']}, code {p['code_hash'][:12]}"
         )
@@ -91,10 +97,17 @@ def record_path(
     experiment: str,
     results_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Return where a record lies: `<chapter>-<dataset>-<experiment>.json`."""
+    """Return where a record lies: `<chapter>-<dataset>-<experiment>.json`.
+
+    A file of your own is named after its place too: its cells are neither those of a
+    data set of that name, nor those of a file of that name elsewhere.
+    """
     folder = results_root() if results_dir is None else Path(results_dir)
-    is_file = dataset.endswith((".h5ad", ".yml", ".yaml"))
-    name = Path(dataset).stem if is_file else dataset
+    name = dataset
+    if dataset.endswith((".h5ad", ".yml", ".yaml")):
+        place = Path(dataset).expanduser().resolve()
+        digest = hashlib.sha256(str(place).encode()).hexdigest()[:6]
+        name = f"{OWN}{place.stem}_{digest}"
     slug = re.sub(r"[^A-Za-z0-9_.]+", "_", name)
     return folder / f"{chapter}-{slug}-{experiment}.json"
 
@@ -174,7 +187,10 @@ def recorded(
     path = record_path(chapter, dataset, experiment, results_dir)
     if not path.is_file():
         line = _make_line(chapter, dataset, experiment)
-        say(f"Not run yet: {experiment} on {dataset}. To make this record:")
+        say(
+            f"Not run yet: {experiment} on {dataset}. To make this record, in minutes "
+            "to hours:"
+        )
         print(line)  # to be copied, so in one piece
         return None
     try:

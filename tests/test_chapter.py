@@ -56,13 +56,13 @@ def registry(monkeypatch):
     fake.card = lambda name: {"name": name, "tasks": tasks[name]}
     fake.has_perturbation = lambda name: name == "atlas"
 
-    def load(name):
+    def load(name, label_key=None, batch_key=None):
         import anndata
 
         adata = anndata.AnnData(np.ones((4, 2), np.float32))
         adata.obs["cell_type"] = pd.Categorical(["a", "a", "b", "b"])
         card = {"name": name, "value_scale": "log1p", "recipe": {}, "n_cells": 4}
-        adata.uns["dataset"] = card
+        adata.uns["dataset"] = card | {"asked": (label_key, batch_key)}
         return adata
 
     fake.load = load
@@ -220,6 +220,12 @@ def test_start_loads_and_names_the_cells(namespace, registry, capsys):
     chapter.start(namespace, "other", task="integration")
 
 
+def test_start_hands_on_the_columns_of_ones_own_file(namespace, registry):
+    namespace["__annotations__"] |= {"dataset": str, "label_key": str, "batch_key": str}
+    namespace |= {"dataset": "pollen", "label_key": "my_types", "batch_key": ""}
+    assert chapter.start(namespace, "demo").card["asked"] == ("my_types", None)
+
+
 @pytest.mark.parametrize(
     ("dataset", "text"),
     [
@@ -370,7 +376,26 @@ def test_record_round_trip(tmp_path):
     assert provenance["modules"] == ["errors"]
     assert provenance["peak_memory_mb"] > 50
     assert record.is_current()
-    assert "in 1 s" in record.describe()
+    assert "in 1 s" in record.describe() and "seed" not in record.describe()
+    write(tmp_path, profile="tiny", n_seeds=1)
+    record = chapter.recorded("demo", "pollen", "dial", tmp_path)
+    assert "with profile tiny, 1 seed, on cpu" in record.describe()
+
+
+def test_record_of_an_own_file_is_shown_for_its_own_cells(tmp_path, capsys):
+    import anndata
+
+    from scgenlib.estimator import data_hash
+
+    file = str(tmp_path / "mine.h5ad")
+    cells = anndata.AnnData(np.ones((4, 2), np.float32))
+    run = chapter.Run("demo", cells, file, "tiny", 0, torch.device("cpu"), tmp_path)
+    path = records.record_path("demo", file, "dial", tmp_path)
+    about = {"device": "cpu", "seconds": 1, "modules": ["errors"], "n_cells": 4}
+    for digest, is_shown in ((data_hash(cells), True), ("other", False)):
+        records.write_record(path, [{"seed": 0}], {}, data_hash=digest, **about)
+        assert (run.recorded("dial") is not None) == is_shown
+        assert ("from other cells" in capsys.readouterr().out) != is_shown
 
 
 def test_record_of_numpy_rows_and_missing_values(tmp_path):
@@ -404,11 +429,23 @@ def test_record_is_whole_or_absent(tmp_path, monkeypatch):
     ("dataset", "name"),
     [
         ("simulated:pollen", "demo-simulated_pollen-dial.json"),
-        ("some/where/mine.h5ad", "demo-mine-dial.json"),
+        ("sc_mixology/cellmix1", "demo-sc_mixology_cellmix1-dial.json"),
     ],
 )
 def test_record_names_are_file_names(tmp_path, dataset, name):
     assert records.record_path("demo", dataset, "dial", tmp_path).name == name
+
+
+def test_files_of_ones_own_take_no_records_of_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {
+        records.record_path("demo", dataset, "dial").name
+        for dataset in ("pollen", "a/pollen.h5ad", "b/pollen.h5ad", "pollen.h5ad")
+    }
+    assert len(names) == 4 and "demo-pollen-dial.json" in names
+    # The same file, however it is written.
+    here = records.record_path("demo", str(tmp_path / "pollen.h5ad"), "dial").name
+    assert here in names
 
 
 def test_results_folder_from_the_environment(tmp_path, monkeypatch):

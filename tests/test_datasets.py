@@ -1307,12 +1307,31 @@ def test_h5ad_bad_input(cells, tmp_path, spoil, pattern):
         datasets.load(save(cells, tmp_path))
 
 
+def test_h5ad_columns_of_ones_own(cells, tmp_path, capsys):
+    kinds = cells.obs.pop("cell_type")
+    cells.obs["my_types"] = kinds.to_numpy()
+    cells.obs["donor"] = np.resize(["d1", "d2"], cells.n_obs)
+    file = save(cells, tmp_path)
+    assert datasets.load(file).obs["cell_type"].nunique() > 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "column as label_key, such as my_types, donor" in said
+    adata = datasets.load(file, label_key="my_types", batch_key="donor")
+    assert list(adata.obs["cell_type"]) == list(kinds)
+    assert list(adata.obs["batch"].cat.categories) == ["d1", "d2"]
+    with pytest.raises(DataError, match="Did you mean 'donor'"):
+        datasets.load(file, label_key="my_types", batch_key="doner")
+    cells.obs.loc[cells.obs_names[0], "my_types"] = None
+    with pytest.raises(DataError, match="no label in 'my_types'.*1 of 120 cells"):
+        datasets.load(save(cells, tmp_path), label_key="my_types")
+
+
 def test_h5ad_conditions_are_named_alike(cells, tmp_path, capsys):
     names = np.resize(["DMSO", "STAT1+ctrl", "SET+KLF1", "KLF1+SET"], cells.n_obs)
     cells.obs["condition"] = names
     cells.obs["cell_type"] = "K562"  # one type will do
     adata = datasets.load(save(cells, tmp_path))
-    assert "obs['perturbation'] is 'condition': 3 conditions" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "read as perturbations: obs['condition'], 3 conditions" in out
     sizes = adata.obs["perturbation"].value_counts().to_dict()
     assert sizes == {"KLF1+SET": 60, "ctrl": 30, "STAT1": 30}
     assert adata.obs["condition"].tolist() == names.tolist()
