@@ -95,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("datasets", help="list, show, fetch, verify data sets")
     verbs = data.add_subparsers(required=True, metavar="ACTION")
-    verbs.add_parser("list", help="all data sets").set_defaults(command=_data_list)
+    every = verbs.add_parser("list", help="all data sets")
+    every.add_argument("--long", action="store_true", help="with titles and licences")
+    every.set_defaults(command=_data_list)
     for verb, command, text in (
         ("card", _data_card, "what is known about one"),
         ("fetch", _data_fetch, "download one and check it"),
@@ -270,9 +272,15 @@ def _execute(chapter: Path, output: Path, parameters: dict[str, Any]) -> int:
     # A stopped run never looks finished; a failed one is kept up to its error.
     with atomic(output, "The notebook cannot be written") as part:
         try:
-            papermill.execute_notebook(
+            done = papermill.execute_notebook(
                 str(chapter), str(part), parameters, kernel_name="python3"
             )
+            # What changes the meaning of a run must not stand in the notebook alone.
+            for cell in done.cells:
+                for shown in cell.get("outputs", []):
+                    lines = "".join(shown.get("text", "")).splitlines()
+                    for line in (x for x in lines if x.startswith("Warning: ")):
+                        print(f"scgenlib: {line}", file=sys.stderr)
         except PapermillExecutionError as error:
             status = 1
             print(
@@ -297,7 +305,10 @@ def _shown(path: Path) -> str:
 def _data_list(arguments: argparse.Namespace) -> int:
     from scgenlib import datasets
 
-    print(datasets.list().to_string(index=False))
+    table = datasets.list()
+    if not arguments.long:
+        table = table.drop(columns=["title", "verified", "licence"])
+    print(table.to_string(index=False))
     return 0
 
 

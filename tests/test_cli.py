@@ -154,9 +154,20 @@ def test_default_output_of_a_file_is_named_after_it(tmp_path, monkeypatch):
     assert re.fullmatch(r"toy-my_cells-[\d-]+\.ipynb", output.name)
 
 
+def test_run_repeats_what_changes_its_meaning(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    write_chapter(tmp_path / "book", "print('fine')\nprint('Warning: clusters')")
+    assert run("run", "garage", "--book", "book", "-o", "out.ipynb") == 0
+    said = capfd.readouterr().err
+    assert "scgenlib: Warning: clusters" in said and "fine" not in said
+
+
 def test_datasets_list_and_card(capsys):
     assert run("datasets", "list") == 0
-    assert "pbmc68k_reduced" in capsys.readouterr().out
+    short = capsys.readouterr().out
+    assert "pbmc68k_reduced" in short and "licence" not in short
+    assert run("datasets", "list", "--long") == 0
+    assert "licence" in capsys.readouterr().out
     assert run("datasets", "card", "pollen") == 0
     assert "n_cells: 299" in capsys.readouterr().out
     assert run("datasets", "card", "polen") == 2
