@@ -157,7 +157,7 @@ MEASURED = ("seconds", "memory", "device", "versions", "date")
 def measured(about: dict[str, Any]) -> list[str]:
     """Return the cells of a row that say what a run took, and when."""
     used = about.get("versions", {})
-    names = [n for n in ("scgenlib", "torch", "python") if n in used]
+    names = [n for n in ("scgenlib", "torch") if n in used]
     memory = about.get("peak_memory_mb", about.get("memory_mb"))
     return [
         f"{about['seconds']:.0f}",
@@ -187,11 +187,17 @@ def matrix_table(root: Path) -> str:
     chapters, names, cells = matrix(root)
     if not chapters:
         return f"{NOT_RUN.capitalize()}.\n"
-    from scgenlib import datasets
+    from scgenlib import cli, datasets
+
+    # A data set without counts, say, is no candidate for every chapter.
+    fits = {}
+    for chapter in chapters:
+        page = root / "book" / f"{chapter}.ipynb"
+        task = cli._declared(page)[1] if page.is_file() else chapter
+        fits[chapter] = set(datasets.names(task=task))
 
     def cell(chapter: str, name: str) -> str:
-        # A data set without counts, say, is no candidate for every chapter.
-        default = NOT_RUN if name in datasets.names(task=chapter) else "does not apply"
+        default = NOT_RUN if name in fits[chapter] else "does not apply"
         return cells.get((chapter, name), default)
 
     rows = [
