@@ -38,7 +38,6 @@ from scgenlib.records import OWN
 
 HOME = ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
-RESULTS = ROOT / "book" / "results"
 EXECUTED = BUILD / "executed"
 #: Beside the notebooks, what a page may read. Anything else stays out of the build.
 SOURCES = ("*.md", "*.bib", "api", "figures", "ledger", "results", "teach")
@@ -113,11 +112,12 @@ def inputs_hash(path: Path) -> str:
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
             digest.update(f"{cell.source}\n\0".encode())
+    recorded = (ROOT / "book" / "results").glob("*.json")
     files = [
         *(ROOT / "scgenlib").rglob("*.py"),
         *(ROOT / "data_manifests").glob("*"),
         # What somebody recorded on a file of their own is shown on no page.
-        *(p for p in RESULTS.glob("*.json") if f"-{OWN}" not in p.name),
+        *(p for p in recorded if f"-{OWN}" not in p.name),
         *(ROOT / "book" / "weights").glob("*"),
         ROOT / "requirements.lock",
     ]
