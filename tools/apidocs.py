@@ -58,6 +58,7 @@ EQUATIONS: dict[str, tuple[str, ...]] = {
     "eq-log1p": ("preprocess.normalise",),
     "eq-data-log": ("preprocess.normalise",),
     "eq-data-nb": ("likelihoods.nb_log_prob",),
+    "eq-machines-ae": ("losses.masked_mse",),
     "eq-machines-vae": ("losses.kl_to_standard_normal",),
     "eq-machines-gan": ("losses.discriminator_loss", "losses.generator_loss"),
     "eq-machines-w1": ("losses.wasserstein_critic_loss",),
