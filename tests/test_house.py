@@ -200,7 +200,7 @@ def test_package_stays_small(repo):
     # fifth names of perturbations, layouts, splits, a screen, its metrics and trials;
     # classes brought homework. A ratchet: lowered when lines go, and not raised without
     # a reason in the log.
-    assert sum(lines.values()) <= 15_390
+    assert sum(lines.values()) <= 15_405
     # A file beyond 500 lines holds two ideas; a method's may reach 700.
     assert not {path: n for path, n in lines.items() if n > 700}
 
