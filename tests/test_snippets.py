@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from anndata import AnnData
 from terminal import BIN, on_a_terminal
 
 import apidocs
@@ -285,3 +287,19 @@ def test_workflow_takes_the_profile_of_the_page(clone):
         status, shown = typed(f"{line} --config chapter=garage", clone)
         assert status == 0, shown
         assert "Using profile cluster" in shown
+
+
+def test_workflow_says_what_it_takes_for_types(clone, tmp_path):
+    tool = BIN / "snakemake"
+    if not tool.is_file():
+        pytest.skip("needs the workflow tools of `make results`")
+    cells = AnnData(np.ones((5, 3), np.float32))
+    cells.obs["my_types"] = list("aabbb")
+    for column, is_said in (("my_types", True), ("cell_type", False)):
+        cells.obs.columns = [column]
+        cells.write_h5ad(tmp_path / "mine.h5ad")
+        line = [tool, "-s", "experiments/Snakefile", "-n", "--config"]
+        line += ["chapter=garage", f"dataset={tmp_path / 'mine.h5ad'}"]
+        done = subprocess.run(line, cwd=clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("no column cell_type" in done.stderr) == is_said
