@@ -58,11 +58,13 @@ refresh: .venv/.installed ## execute, then rewrite the outputs stored in book/ (
 strict: .venv/.installed ## clean build of the stored outputs; any warning fails
 	@$(BIN)/python tools/book.py strict
 
-results: .venv/.installed-results ## the recorded runs (CHAPTER=, DATASET=, PROFILE=, SEEDS=, CORES=), into book/results
+results: .venv/.installed-results ## the recorded runs (CHAPTER=, DATASET=, PROFILE=, SEEDS=, LABEL_KEY=, BATCH_KEY=, CORES=), into book/results
 	@$(BIN)/snakemake --snakefile experiments/Snakefile --cores $(CORES) \
-	    --rerun-triggers mtime $(if $(CHAPTER)$(DATASET)$(PROFILE)$(SEEDS),--config) \
+	    --rerun-triggers mtime $(if $(CHAPTER)$(DATASET)$(PROFILE)$(SEEDS)$(LABEL_KEY)$(BATCH_KEY),--config) \
 	    $(if $(CHAPTER),chapter=$(CHAPTER)) $(if $(DATASET),dataset=$(DATASET)) \
-	    $(if $(PROFILE),profile=$(PROFILE)) $(if $(SEEDS),seeds=$(SEEDS))
+	    $(if $(PROFILE),profile=$(PROFILE)) $(if $(SEEDS),seeds=$(SEEDS)) \
+	    $(if $(LABEL_KEY),'label_key=$(LABEL_KEY)') \
+	    $(if $(BATCH_KEY),'batch_key=$(BATCH_KEY)')
 
 # Both halves always run; either one failing fails the target.
 test: .venv/.installed ## unit tests, then every notebook against its stored outputs

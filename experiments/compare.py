@@ -33,7 +33,6 @@ code and settings are the same.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -41,8 +40,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import torch
-from _runs import Rows, add, short, some, stands
+from _runs import Rows, load, parser, run_seed, seeds, some, timed
 from anndata import AnnData
 from scipy import sparse
 from sklearn.ensemble import RandomForestClassifier
@@ -61,7 +59,6 @@ from scgenlib import (
     ScGAN,
     ScGANConfig,
     baselines,
-    datasets,
     integrators,
     metrics,
     preprocess,
@@ -126,13 +123,6 @@ class Lab:
     profile: str
     seed: int
     device: str
-
-
-def timed(call: Callable[..., Any], *given: Any, **named: Any) -> tuple[Any, float]:
-    """Return what a call returns, and its CPU seconds."""
-    begun = time.process_time()
-    made = call(*given, **named)
-    return made, time.process_time() - begun
 
 
 def drawn(adata: AnnData, most: int) -> AnnData:
@@ -284,7 +274,7 @@ def generators(lab: Lab) -> Rows:
             cpu_seconds=seconds - watch.seconds,
             cells_seen=c.steps * c.critic_updates * c.batch_size,
             converged=training.is_flat(curve.tolist()),
-            distance_curve=[short(float(value)) for value in curve],
+            distance_curve=curve.tolist(),
             n_parameters=sum(model.n_parameters().values()),
         )
         print(lab.seed, arm, f"{seconds:.0f} CPU seconds", flush=True)
@@ -453,34 +443,18 @@ def allowed(adata: AnnData) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparisons of one data set and write their records."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--profile", default="book", choices=CompareConfig.PROFILES)
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", default=None, choices=EXPERIMENTS)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results-dir", default=None)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+    args = parser(__doc__, CompareConfig.PROFILES, EXPERIMENTS).parse_args(arguments)
     config = CompareConfig.profile(args.profile)
-    adata = drawn(datasets.load(args.dataset), config.most_cells)
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    adata = drawn(load(args), config.most_cells)
+
+    def modules(name: str) -> list[str]:
+        screens = name == "latents" and PERTURBED in adata.obs
+        return [*MODULES[name], *(["regina"] if screens else [])]
+
+    for seed in seeds(args):
         lab = Lab(adata, config, args.profile, seed, args.device)
-        for name in args.only or allowed(adata):
-            if stands(__file__, name, seed, adata, config, args):
-                print(f"{name}, seed {seed}: stands in the record", flush=True)
-                continue
-            begun = time.perf_counter()
-            rows, cpu = timed(EXPERIMENTS[name], lab)
-            rows = [{key: short(value) for key, value in row.items()} for row in rows]
-            seconds = time.perf_counter() - begun
-            modules = list(MODULES[name])
-            if name == "latents" and PERTURBED in adata.obs:
-                modules.append("regina")
-            add(__file__, name, rows, adata, config, args, seconds, modules)
-            print(f"{name}, seed {seed}: {cpu:.0f} CPU seconds", flush=True)
+        calls = {name: EXPERIMENTS[name] for name in args.only or allowed(adata)}
+        run_seed(__file__, lab, calls, adata, config, args, modules)
 
 
 if __name__ == "__main__":

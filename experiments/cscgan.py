@@ -29,8 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from _runs import Rows, add, some
+from _runs import Rows, add, load, parser, seeds, some
 from anndata import AnnData
 from sklearn.ensemble import RandomForestClassifier
 
@@ -40,7 +39,6 @@ from scgenlib import (
     ScGAN,
     ScGANConfig,
     baselines,
-    datasets,
     metrics,
     preprocess,
     training,
@@ -328,35 +326,26 @@ def run(
     if args.profile == "paper":
         yield "paper", ladder(adata, config, args, seed)
         return
-    for name in args.only:
+    for name in args.only or EXPERIMENTS:
         yield name, EXPERIMENTS[name](adata, config, args, seed)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiments of one data set and write its records."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--profile", default="book", choices=CscGANConfig.PROFILES)
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=None, help="generator updates")
-    parser.add_argument("--genes", type=int, default=None, help="most variable ones")
-    parser.add_argument("--only", nargs="+", default=EXPERIMENTS, choices=EXPERIMENTS)
-    parser.add_argument("--arms", nargs="+", default=FORMS, choices=FORMS)
-    parser.add_argument("--cut-type", default=None, help="default: the largest type")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results-dir", default=None)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+    given = parser(__doc__, CscGANConfig.PROFILES, EXPERIMENTS)
+    given.add_argument("--steps", type=int, default=None, help="generator updates")
+    given.add_argument("--genes", type=int, default=None, help="most variable ones")
+    given.add_argument("--arms", nargs="+", default=FORMS, choices=FORMS)
+    given.add_argument("--cut-type", default=None, help="default: the largest type")
+    given.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    args = given.parse_args(arguments)
     steps = args.steps or (PAPER_STEPS if args.profile == "paper" else None)
     changed = {"max_steps": steps, "n_genes": args.genes}
     config = CscGANConfig.profile(
         args.profile, **{name: n for name, n in changed.items() if n is not None}
     )
-    adata = large_enough(datasets.load(args.dataset))
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    adata = large_enough(load(args))
+    for seed in seeds(args):
         begun = time.perf_counter()
         for name, rows in run(adata, config, args, seed):
             seconds = time.perf_counter() - begun

@@ -30,15 +30,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from _runs import add, some
+from _runs import add, load, parser, seeds, some
 from anndata import AnnData
 
 from scgenlib import (
     GARAGE,
     GARAGEConfig,
     baselines,
-    datasets,
     metrics,
     preprocess,
     published,
@@ -205,31 +203,22 @@ def form_row(
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiments of one data set and write its records."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--profile", default="book", choices=GARAGEConfig.PROFILES)
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--weights", type=float, nargs="*", default=PRIORITY_WEIGHTS)
-    parser.add_argument("--leaks", type=float, nargs="*", default=LEAKS)
-    parser.add_argument("--rules", nargs="*", default=RULES, help="beside attention")
-    parser.add_argument("--only-contest", action="store_true")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results-dir", default=None)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    given = parser(__doc__, GARAGEConfig.PROFILES, ["contest"])
+    given.add_argument("--weights", type=float, nargs="*", default=PRIORITY_WEIGHTS)
+    given.add_argument("--leaks", type=float, nargs="*", default=LEAKS)
+    given.add_argument("--rules", nargs="*", default=RULES, help="beside attention")
+    args = given.parse_args(arguments)
     config = GARAGEConfig.profile(args.profile)
     if args.dataset == "blobs":
         adata, config = simulate.blobs(1000), TOY
         adata.X = adata.X.toarray() + 6
         run = toy
     else:
-        adata = datasets.load(args.dataset)
+        adata = load(args)
         run = full_size if args.profile == "paper" else experiments
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    for seed in seeds(args):
         begun = time.perf_counter()
         for name, rows in run(adata, config, args, seed).items():
             seconds = time.perf_counter() - begun
@@ -256,10 +245,10 @@ def experiments(
     }
     settings = [(leak, "attention") for leak in args.leaks]
     settings += [(config.leakage_fraction, rule) for rule in args.rules]
-    if args.only_contest:
+    if args.only:
         settings = [(config.leakage_fraction, "attention")]
     train, test = preprocess.split(adata, seed=seed)
-    if not args.only_contest:
+    if not args.only:
         tables["seeds"] += seed_rules(train, config, args.weights, seed, args.device)
     for leak, rule in settings:
         one = config.replace(leakage_fraction=leak, seed_rule=rule)
@@ -276,13 +265,13 @@ def experiments(
             "fit_seconds": round(model.fit_seconds_, 1),
             **score(cells, train, test),
         }
-        if not args.only_contest:
+        if not args.only:
             tables["dial"].append(row)
         print(args.dataset, row, flush=True)
         if leak == config.leakage_fraction and rule == "attention":
             tables["contest"] += rare_contest(model, train, test, seed)
             usual = form_row("book", model, train, test, seed)
-    if args.only_contest:
+    if args.only:
         return {"contest": tables["contest"]}
     tables["dial"] += controls(train, test, model.genes_, rare, seed)
     # The published form takes all cells in each batch: small data only.

@@ -45,8 +45,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from _runs import Rows, add, short, stands
+from _runs import Rows, load, parser, run_seed, seeds
 from anndata import AnnData
 from scipy import sparse
 
@@ -54,7 +53,6 @@ from scgenlib import (
     REGINA,
     REGINAConfig,
     conditions,
-    datasets,
     perturbers,
     preprocess,
     simperturb,
@@ -485,32 +483,12 @@ def wanted(args: argparse.Namespace, seed: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiments of one data set and write its records."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--profile", default="book", choices=REGINAConfig.PROFILES)
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", default=None, choices=EXPERIMENTS)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results-dir", default=None)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    config = REGINAConfig.profile(args.profile)
-    adata = datasets.load(args.dataset)
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    args = parser(__doc__, REGINAConfig.PROFILES, EXPERIMENTS).parse_args(arguments)
+    config, adata = REGINAConfig.profile(args.profile), load(args)
+    for seed in seeds(args):
         lab = Lab(adata, config, seed, args.device, args.dataset)
-        for name in wanted(args, seed):
-            if stands(__file__, name, seed, adata, config, args):
-                print(f"{name}, seed {seed}: stands in the record", flush=True)
-                continue
-            begun, spent = time.perf_counter(), time.process_time()
-            rows = EXPERIMENTS.get(name, contest)(lab)
-            rows = [{key: short(value) for key, value in row.items()} for row in rows]
-            seconds = time.perf_counter() - begun
-            add(__file__, name, rows, adata, config, args, seconds, MODULES)
-            spent = time.process_time() - spent
-            print(f"{name}, seed {seed}: {spent:.0f} CPU seconds", flush=True)
+        calls = {name: EXPERIMENTS.get(name, contest) for name in wanted(args, seed)}
+        run_seed(__file__, lab, calls, adata, config, args, lambda _: MODULES)
 
 
 if __name__ == "__main__":

@@ -41,18 +41,15 @@ published sizes, and one with the published rates and epochs too, for a GPU.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from _runs import Rows, add
+from _runs import Rows, load, parser, run_seed, seeds, timed
 from anndata import AnnData
 from scipy import sparse
 from torch import nn
@@ -60,16 +57,13 @@ from torch import nn
 from scgenlib import (
     ScAtlasVAE,
     ScAtlasVAEConfig,
-    datasets,
     integrators,
     mapping,
     preprocess,
-    records,
     simatlas,
     training,
 )
 from scgenlib.countvae import CellBatch, CountVAE, LossWeights, Noise
-from scgenlib.estimator import data_hash
 from scgenlib.likelihoods import counts_batch
 from scgenlib.metrics import integration as scores_of
 from scgenlib.metrics.transfer import reject_scores, transfer_scores
@@ -118,13 +112,6 @@ def bare(cells: AnnData, n_genes: int | None = None, by: AnnData | None = None) 
     layers = {"counts": sparse.csr_matrix(part.layers["counts"])}
     var = pd.DataFrame(index=part.var_names)
     return AnnData(part.X.copy(), obs=part.obs.copy(), var=var, layers=layers)
-
-
-def timed(call: Callable[..., Any], *given: Any, **named: Any) -> tuple[Any, float]:
-    """Return what a call returns, and its CPU seconds."""
-    begun = time.process_time()
-    made = call(*given, **named)
-    return made, time.process_time() - begun
 
 
 @dataclass
@@ -541,64 +528,15 @@ def wanted(adata: AnnData, args: argparse.Namespace, seed: int) -> list[str]:
     ]
 
 
-def is_done(
-    name: str,
-    seed: int,
-    adata: AnnData,
-    config: ScAtlasVAEConfig,
-    args: argparse.Namespace,
-) -> bool:
-    """Say whether the record has the seed, made by this code from these cells."""
-    path = records.record_path("scatlasvae", args.dataset, name, args.results_dir)
-    if not path.is_file():
-        return False
-    old = json.loads(path.read_text())
-    made, device = old["provenance"], training.resolve_device(args.device)
-    same = {
-        "data_hash": data_hash(adata),
-        "code_hash": records.code_hash(made["modules"]),
-        "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
-        "profile": args.profile,
-        "threads": args.threads,
-        "device_type": device.type,
-    }
-    fits = same.items() <= made.items() and old["config"] == config.to_dict()
-    return fits and seed in {row["seed"] for row in old["rows"]}
-
-
-def short(value: Any) -> Any:
-    """Return numbers with six digits: more would not repeat elsewhere."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiments of one data set and write its records."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--profile", default="book", choices=ScAtlasVAEConfig.PROFILES)
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", default=None, choices=EXPERIMENTS)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results-dir", default=None)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    config = ScAtlasVAEConfig.profile(args.profile)
-    adata = datasets.load(args.dataset)
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    args = parser(__doc__, ScAtlasVAEConfig.PROFILES, EXPERIMENTS).parse_args(arguments)
+    config, adata = ScAtlasVAEConfig.profile(args.profile), load(args)
+    for seed in seeds(args):
         lab = Lab(adata, config, seed, args.device)
-        paper = args.profile == "paper"
-        for name in ["paper"] if paper else wanted(adata, args, seed):
-            if is_done(name, seed, adata, config, args):
-                print(f"{name}, seed {seed}: stands in the record", flush=True)
-                continue
-            begun = time.perf_counter()
-            rows, cpu = timed(EXPERIMENTS.get(name, integration), lab)
-            rows = [{key: short(value) for key, value in row.items()} for row in rows]
-            seconds = time.perf_counter() - begun
-            add(__file__, name, rows, adata, config, args, seconds, MODULES)
-            print(f"{name}, seed {seed}: {cpu:.0f} CPU seconds", flush=True)
+        names = ["paper"] if args.profile == "paper" else wanted(adata, args, seed)
+        calls = {name: EXPERIMENTS.get(name, integration) for name in names}
+        run_seed(__file__, lab, calls, adata, config, args, lambda _: MODULES)
 
 
 if __name__ == "__main__":

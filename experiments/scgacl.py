@@ -43,8 +43,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from _runs import Rows, add
+from _runs import Rows, add, load, parser, seeds, short
 from anndata import AnnData
 from scipy import sparse
 
@@ -52,7 +51,6 @@ from scgenlib import (
     ScGACL,
     ScGACLConfig,
     baselines,
-    datasets,
     metrics,
     preprocess,
     published,
@@ -649,27 +647,18 @@ def run(lab: Lab, args: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiments of one data set and write its records."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--profile", default="book", choices=ScGACLConfig.PROFILES)
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--genes", type=int, default=None, help="most variable ones")
-    parser.add_argument("--only", nargs="+", default=None, choices=EXPERIMENTS)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results-dir", default=None)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+    given = parser(__doc__, ScGACLConfig.PROFILES, EXPERIMENTS)
+    given.add_argument("--genes", type=int, default=None, help="most variable ones")
+    args = given.parse_args(arguments)
     changed = {} if args.genes is None else {"n_genes": args.genes}
     config = ScGACLConfig.profile(args.profile, **changed)
-    adata = datasets.load(args.dataset)
+    adata = load(args)
     puzzle = puzzle_of(adata, config.n_genes)
     config = config.replace(n_cluster=len(np.unique(puzzle.types)))
 
     def write(name: str, rows: Rows, begun: float) -> None:
         seconds = time.perf_counter() - begun
-        rows = [{key: short(value) for key, value in row.items()} for row in rows]
+        rows = [short(row) for row in rows]
         add(__file__, name, rows, adata, config, args, seconds, MODULES, key_of)
 
     settings = config
@@ -679,18 +668,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write("choose", rows, begun)
         chosen = next(row for row in rows if row["chosen"])
         settings = settled(config, chosen, puzzle.cells.n_vars)
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    for seed in seeds(args):
         begun = time.perf_counter()
         for name, rows in run(Lab(puzzle, settings, seed, args.device), args):
             write(name, rows, begun)
             begun = time.perf_counter()
-
-
-def short(value: Any) -> Any:
-    """Return numbers with six digits: more would not repeat elsewhere."""
-    if isinstance(value, list):
-        return [short(part) for part in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:

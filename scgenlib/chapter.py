@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 from scgenlib.contract import card_of
 from scgenlib.errors import ConfigError, DataError, OutputError, message, unknown
 from scgenlib.records import (
-    OWN,
     Record,
+    cells_hash,
     code_hash,
     peak_memory_mb,
     recorded,
+    recorded_on,
     results_root,
     versions,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "claim",
     "read_parameters",
     "recorded",
+    "recorded_on",
     "run_card",
     "say",
     "start",
@@ -54,7 +56,8 @@ PROFILES = ("tiny", "book", "paper")
 # Names that IPython itself puts into a fresh namespace.
 _IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython"}
 _PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
-_STARTED = "_scgenlib_chapter"
+#: Name of the variable that says, in a notebook, which chapter was started there.
+STARTED = "_scgenlib_chapter"
 _claims: list[tuple[str, bool]] = []
 
 
@@ -83,6 +86,8 @@ class Run:
         The device that `device` resolved to.
     card
         The card of the data set (`adata.uns["dataset"]`).
+    columns
+        `label_key` and `batch_key`, as far as they were given.
     t0
         `time.perf_counter()` when the chapter started.
     """
@@ -95,6 +100,7 @@ class Run:
     device: torch.device
     results_dir: Path
     card: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
     t0: float = field(default_factory=time.perf_counter)
 
     def config(self, config_class: Any, **overrides: Any) -> Any:
@@ -104,23 +110,20 @@ class Run:
     def recorded(self, experiment: str) -> Record | None:
         """Return the recorded `experiment` of this chapter and data set.
 
-        A file of your own may have changed since: then there is none, and a line says
-        so.
+        A file of your own may have changed since, or its types may be read from
+        another column: then there is none, and a line says so.
         """
-        found = recorded(
-            self.chapter, self.dataset or "none", experiment, self.results_dir
-        )
-        if found is None or self.adata is None or f"-{OWN}" not in found.path.name:
+        where = (self.chapter, self.dataset or "none", experiment, self.results_dir)
+        found = recorded(*where, **self.columns)
+        if found is None or self.adata is None or not found.is_own():
             return found
-        from scgenlib.estimator import data_hash
-
         made = found.provenance
         whole = made.get("n_cells") == self.adata.n_obs
-        if whole and made["data_hash"] != data_hash(self.adata):
+        if whole and made["data_hash"] != cells_hash(self.adata):
             say(
-                f"The record of {experiment} was made from other cells than "
-                f"{self.dataset} holds now; it is not shown. Delete {found.path.name} "
-                "and make it again."
+                f"The record of {experiment} was made from other cells or labels than "
+                f"this run has of {self.dataset}; it is not shown. Delete "
+                f"{found.path.name} and make it again."
             )
             return None
         return found
@@ -200,28 +203,27 @@ def start(
     warnings.filterwarnings("ignore", message="IProgress not found")
 
     namespace.update(values)
-    namespace[_STARTED] = chapter
+    namespace[STARTED] = chapter
     _claims.clear()
     v = versions()
     print(f"python {v['python']}, torch {v['torch']}, scgenlib {v['scgenlib']}")
     plural = "" if threads == 1 else "s"
     print(f"{device.type}, {threads} thread{plural}, seed {seed}, profile {profile}")
     adata, card = None, {}
+    keys = ("label_key", "batch_key")
+    columns = {key: values[key] for key in keys if values.get(key)}
     if dataset is not None:
         from scgenlib import datasets
 
-        adata = datasets.load(
-            dataset,
-            label_key=values.get("label_key") or None,
-            batch_key=values.get("batch_key") or None,
-        )
+        adata = datasets.load(dataset, **columns)
         card = card_of(adata)
         if dataset != written_for:
             say(
                 f"The text was written for {written_for!r}; on {dataset!r} the "
                 "figures and verdicts may differ from what it leads you to expect."
             )
-    return Run(chapter, adata, dataset, profile, seed, device, results_dir, card, t0)
+    checked = (dataset, profile, seed, device, results_dir)
+    return Run(chapter, adata, *checked, card, columns, t0)
 
 
 def read_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +250,7 @@ def read_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
         )
     # On a second call in one session, later cells have put their own values
     # beside the parameters; papermill's names were checked in the first call.
-    if _STARTED not in namespace:
+    if STARTED not in namespace:
         for name, value in namespace.items():
             plain = isinstance(value, _PLAIN) and not name.startswith("_")
             if plain and name not in hints and name not in _IPYTHON:

@@ -20,6 +20,7 @@ __all__ = [
     "card_of",
     "check_anndata",
     "check_counts",
+    "check_labels",
     "check_shape",
     "check_values",
 ]
@@ -102,7 +103,7 @@ def check_anndata(
     if need_counts:
         check_counts(adata)
     if label_key is not None:
-        _check_labels(adata.obs, label_key, min_classes)
+        check_labels(adata.obs, label_key, min_classes)
 
 
 def check_shape(adata: ad.AnnData, min_cells: int = 2) -> None:
@@ -224,7 +225,8 @@ def check_counts(adata: ad.AnnData) -> None:
     )
 
 
-def _check_labels(obs: pd.DataFrame, label_key: str, min_classes: int) -> None:
+def check_labels(obs: pd.DataFrame, label_key: str, min_classes: int) -> None:
+    """Raise a DataError unless every cell has a label, of so many classes at least."""
     if label_key not in obs:
         raise unknown("label column", label_key, obs.columns, error=DataError)
     labels = obs[label_key]

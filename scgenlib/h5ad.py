@@ -14,10 +14,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scgenlib.contract import (
-    _check_labels,
     as_conditions,
     as_labels,
     check_anndata,
+    check_labels,
     check_shape,
 )
 from scgenlib.errors import DataError, message
@@ -168,7 +168,7 @@ def load_h5ad(path: Path, label_key: str | None, verbose: bool) -> ad.AnnData:
         ) from error
     check_shape(stored)
     if label_key is not None:
-        _check_labels(stored.obs, label_key, 1)
+        check_labels(stored.obs, label_key, 1)
 
     where, scale, values = _choose(stored)
     adata = ad.AnnData(obs=stored.obs.copy(), var=stored.var.copy())

@@ -403,13 +403,14 @@ def contest(
         values = table.loc[table[arm] == name, metric].to_numpy(float)
         apart = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else np.zeros(1)
         ax.scatter(values, row + apart, s=16, alpha=0.8, color="#0072B2")
-        ax.plot([medians[name]] * 2, [row - 0.3, row + 0.3], color="black", lw=1.6)
+        of_all = None if row else "median"
+        x, y = [medians[name]] * 2, [row - 0.3, row + 0.3]
+        ax.plot(x, y, color="black", lw=1.6, label=of_all)
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel=label or metric)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(axis="x", color="#E5E5E5", lw=0.6)
     ax.set_axisbelow(True)
-    if ax.get_legend_handles_labels()[0]:
-        legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
+    legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3)
     tell(ax, *sentences)
     return ax
 

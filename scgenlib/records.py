@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,23 +30,31 @@ from scgenlib.words import say
 
 if TYPE_CHECKING:
     import pandas as pd
+    from anndata import AnnData
 
 __all__ = [
     "Record",
+    "asked",
+    "cells_hash",
     "code_hash",
+    "fingerprint",
     "imported_modules",
     "notebook_hash",
     "peak_memory_mb",
     "record_path",
     "recorded",
+    "recorded_on",
     "results_root",
     "versions",
     "write_record",
 ]
 
 _PACKAGE = Path(__file__).resolve().parent
-#: How the records of a file of one's own begin, after the chapter.
-OWN = "own_"
+# How the records of a file of one's own begin, after the chapter.
+_OWN = "own_"
+# What decides on the numbers of a record besides X, if the cells have it.
+_COLUMNS = ("cell_type", "batch", "perturbation", "condition")
+_asked: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,10 @@ class Record:
         import pandas as pd
 
         return pd.DataFrame(self.rows)
+
+    def is_own(self) -> bool:
+        """Return whether the record is of somebody's own file: no page shows those."""
+        return _is_own(self.path)
 
     def is_current(self) -> bool:
         """Return whether the code that made the record is still the same."""
@@ -107,9 +120,13 @@ def record_path(
     if dataset.endswith((".h5ad", ".yml", ".yaml")):
         place = Path(dataset).expanduser().resolve()
         digest = hashlib.sha256(str(place).encode()).hexdigest()[:6]
-        name = f"{OWN}{place.stem}_{digest}"
+        name = f"{_OWN}{place.stem}_{digest}"
     slug = re.sub(r"[^A-Za-z0-9_.]+", "_", name)
     return folder / f"{chapter}-{slug}-{experiment}.json"
+
+
+def _is_own(path: Path) -> bool:
+    return f"-{_OWN}" in path.name
 
 
 def write_record(
@@ -182,11 +199,16 @@ def recorded(
     dataset: str,
     experiment: str,
     results_dir: str | os.PathLike[str] | None = None,
+    **columns: str,
 ) -> Record | None:
-    """Return a recorded run, or None after printing the line that makes one."""
+    """Return a recorded run, or None after printing the line that makes one.
+
+    That line names `columns` (label_key, batch_key) too.
+    """
     path = record_path(chapter, dataset, experiment, results_dir)
+    _note(path.name, path.parent)
     if not path.is_file():
-        line = _make_line(chapter, dataset, experiment)
+        line = _make_line(chapter, dataset, experiment, columns)
         say(
             f"Not run yet: {experiment} on {dataset}. To make this record, in minutes "
             "to hours:"
@@ -202,14 +224,63 @@ def recorded(
             message(
                 "A recorded run cannot be read",
                 found=path.name,
-                do=f"Delete it and run:\n{_make_line(chapter, dataset, experiment)}",
+                do="Delete it and run:\n"
+                + _make_line(chapter, dataset, experiment, columns),
             )
         ) from error
 
 
-def _make_line(chapter: str, dataset: str, experiment: str) -> str:
-    line = f"  make results CHAPTER={chapter} DATASET={dataset}"
-    return line + " PROFILE=paper SEEDS=1" * (experiment == "paper")
+def recorded_on(
+    chapter: str, experiment: str, results_dir: str | os.PathLike[str] | None = None
+) -> list[str]:
+    """Return the data sets that have this record, as their names stand in files."""
+    folder = results_root() if results_dir is None else Path(results_dir)
+    pattern = f"{chapter}-*-{experiment}.json"
+    _note(pattern, folder)
+    found = (p.stem for p in sorted(folder.glob(pattern)) if not _is_own(p))
+    return [stem[len(chapter) + 1 : -len(experiment) - 1] for stem in found]
+
+
+def fingerprint(pattern: str, results_dir: str | os.PathLike[str] | None = None) -> str:
+    """Return twelve hexadecimal digits that name what the records `pattern` say.
+
+    Records of somebody's own files do not count.
+    """
+    folder = results_root() if results_dir is None else Path(results_dir)
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.glob(pattern) if not _is_own(p)):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def asked() -> dict[str, str]:
+    """Return the records that this process asked for, with their fingerprints then.
+
+    So a notebook can be held to the records that its outputs show. A record that is
+    not there has a fingerprint too: once it is, the outputs are stale.
+    """
+    return dict(sorted(_asked.items()))
+
+
+def _note(pattern: str, folder: Path) -> None:
+    _asked[pattern] = fingerprint(pattern, folder)
+
+
+def cells_hash(adata: AnnData) -> str:
+    """Return the hash of the cells of a record: values, names, types and conditions."""
+    from scgenlib.estimator import data_hash
+
+    return data_hash(adata, [name for name in _COLUMNS if name in adata.obs])
+
+
+def _make_line(
+    chapter: str, dataset: str, experiment: str, columns: Mapping[str, str]
+) -> str:
+    given = {"CHAPTER": chapter, "DATASET": dataset}
+    given |= {key.upper(): value for key, value in columns.items()}
+    given |= {"PROFILE": "paper", "SEEDS": "1"} if experiment == "paper" else {}
+    words = (shlex.quote(f"{name}={value}") for name, value in given.items())
+    return "  make results " + " ".join(words)
 
 
 def _jsonable(value: Any) -> Any:

@@ -87,10 +87,6 @@ def test_runs_again_only_what_changed(small, capsys):
     book.execute([])
     assert "toy: unchanged" in capsys.readouterr().out
 
-    (small / "book" / "results" / "toy-yan-dial.json").write_text("{}")
-    book.execute([])
-    assert "unchanged" not in capsys.readouterr().out
-
     notebook.cells[1].source = "print('c')"
     nbformat.write(notebook, source)
     book.execute([])
@@ -116,6 +112,33 @@ def test_refresh_stores_clean_outputs(small):
     book.refresh([], force=True)
     again = stored(source)
     assert again.cells == done.cells
+
+
+def test_a_new_record_makes_only_those_stale_that_asked_for_it(small, monkeypatch):
+    results = small / "book" / "results"
+    monkeypatch.setenv("SCGENLIB_RESULTS_DIR", str(results))
+    source = small / "book" / "toy.ipynb"
+    read = "from scgenlib import chapter\n\n"
+    one = cell(read + "record = chapter.recorded('toy', 'yan', 'dial')")
+    every = cell("print(chapter.recorded_on('toy', 'contest'))")
+    write(source, one, every)
+    book.refresh([])
+    target = small / "_build" / "executed" / "book" / "toy.ipynb"
+    seen = set(stored(source).metadata.scgenlib.records)
+    assert seen == {"toy-yan-dial.json", "toy-*-contest.json"}
+    assert book.stale() == [] and book.is_current(source, target)
+
+    others = ("toy-pollen-dial.json", "toy-own_mine_0a1b2c-contest.json")
+    for name in others:
+        (results / name).write_text("{}")
+    assert book.stale() == [] and book.is_current(source, target)
+
+    written = {"rows": [], "config": {}, "provenance": {}}
+    for name in ("toy-yan-dial.json", "toy-pollen-contest.json"):
+        (results / name).write_text(json.dumps(written))
+        assert book.stale() == ["toy"] and not book.is_current(source, target)
+        book.refresh([])
+        assert book.stale() == []
 
 
 def test_a_failing_cell_fails_the_build_and_leaves_no_page(small, capsys, monkeypatch):

@@ -385,17 +385,52 @@ def test_record_round_trip(tmp_path):
 def test_record_of_an_own_file_is_shown_for_its_own_cells(tmp_path, capsys):
     import anndata
 
-    from scgenlib.estimator import data_hash
-
     file = str(tmp_path / "mine.h5ad")
     cells = anndata.AnnData(np.ones((4, 2), np.float32))
-    run = chapter.Run("demo", cells, file, "tiny", 0, torch.device("cpu"), tmp_path)
+    cells.obs["cell_type"] = list("aabb")
+    other = cells.copy()
+    other.X[0, 0] = 2
+    relabelled = cells.copy()
+    relabelled.obs["cell_type"] = list("abab")
     path = records.record_path("demo", file, "dial", tmp_path)
     about = {"device": "cpu", "seconds": 1, "modules": ["errors"], "n_cells": 4}
-    for digest, is_shown in ((data_hash(cells), True), ("other", False)):
-        records.write_record(path, [{"seed": 0}], {}, data_hash=digest, **about)
-        assert (run.recorded("dial") is not None) == is_shown
-        assert ("from other cells" in capsys.readouterr().out) != is_shown
+    digest = records.cells_hash(cells)
+    records.write_record(path, [{"seed": 0}], {}, data_hash=digest, **about)
+    for held, is_shown in ((cells, True), (other, False), (relabelled, False)):
+        run = chapter.Run("demo", held, file, "tiny", 0, torch.device("cpu"), tmp_path)
+        found = run.recorded("dial")
+        assert (found is not None and found.is_own()) == is_shown
+        assert ("from other cells or labels" in capsys.readouterr().out) != is_shown
+
+
+def test_line_that_makes_a_record_of_an_own_file_names_its_columns(tmp_path, capsys):
+    import anndata
+
+    file = str(tmp_path / "mine.h5ad")
+    cells = anndata.AnnData(np.ones((40, 9), np.float32))
+    cells.X[:20, :4] = 3
+    cells.obs["my types"] = ["a"] * 20 + ["b"] * 20
+    cells.layers["counts"] = cells.X.copy()
+    cells.write_h5ad(file)
+    names = {"dataset": str, "label_key": str, "results_dir": str}
+    given = {"dataset": file, "label_key": "my types", "results_dir": str(tmp_path)}
+    run = chapter.start({"__annotations__": names, **given}, "garage")
+    assert run.recorded("dial") is None
+    line = f"make results CHAPTER=garage DATASET={file} 'LABEL_KEY=my types'"
+    assert line in capsys.readouterr().out
+
+
+def test_data_sets_that_have_a_record(tmp_path):
+    for name in ("pollen", "sc_mixology/cellmix1", "simulated:yan"):
+        records.record_path("demo", name, "dial", tmp_path).write_text("{}")
+    records.record_path("demo", "mine.h5ad", "dial", tmp_path).write_text("{}")
+    records.record_path("demo", "pollen", "contest", tmp_path).write_text("{}")
+    found = chapter.recorded_on("demo", "dial", tmp_path)
+    assert found == ["pollen", "sc_mixology_cellmix1", "simulated_yan"]
+    # What is found is a name that `recorded` takes.
+    assert {records.record_path("demo", name, "dial", tmp_path) for name in found} <= (
+        set(tmp_path.iterdir())
+    )
 
 
 def test_record_of_numpy_rows_and_missing_values(tmp_path):

@@ -70,6 +70,14 @@ def test_outputs_are_up_to_date(path):
 
 
 @every_notebook
+def test_outputs_show_the_records_as_they_are(path):
+    about = read(path).metadata["scgenlib"]
+    assert book.shows_records(about), f"make refresh ONLY={path.stem}"
+    reads = "recorded(" in "".join(cell.source for cell in code(path))
+    assert bool(about["records"]) == reads
+
+
+@every_notebook
 def test_stored_cleanly(path):
     notebook = read(path)
     assert path.stat().st_size <= 1_000_000

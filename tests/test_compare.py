@@ -209,7 +209,7 @@ def test_a_seed_that_stands_is_not_made_again(
     assert "stands in the record" in capsys.readouterr().out
     found = chapter.recorded("compare", str(path), "generators", tmp_path / "out")
     assert [row["seed"] for row in found.rows] == [0, 1]
-    assert found.rows[0]["auroc"] == 0.12346
+    assert found.rows[0]["auroc"] == 0.123457
     assert found.config["steps"] == 20 and found.is_current()
 
 
@@ -373,3 +373,21 @@ def test_every_letter_is_committed_before_its_box_opens():
         box = next(i for i, t in enumerate(part) if "solution-start" in t)
         told = next(i for i, t in enumerate(part) if "chapter.recorded(" in t)
         assert commit < box < told
+
+
+def test_every_script_reads_the_columns_it_is_told(compare, tmp_path):
+    import _runs  # beside the scripts, whose folder `compare` puts on the path
+
+    cells = AnnData(np.ones((40, 9), np.float32))
+    cells.X[:20, :4] = 3
+    cells.layers["counts"] = cells.X.copy()
+    cells.obs["my types"], cells.obs["site"] = list("ab") * 20, list("xxyy") * 10
+    cells.write_h5ad(tmp_path / "mine.h5ad")
+    line = ["--dataset", str(tmp_path / "mine.h5ad"), "--label-key=my types"]
+    for name in ("garage", "cscgan", "scgacl", "scatlasvae", "regina", "compare"):
+        script = importlib.import_module(name)
+        assert script.parser is _runs.parser and script.load is _runs.load
+    given = _runs.parser("Doc.", ["book"], ["contest"])
+    loaded = _runs.load(given.parse_args([*line, "--batch-key=site"]))
+    assert list(loaded.obs["cell_type"]) == list("ab") * 20
+    assert list(loaded.obs["batch"]) == list("xxyy") * 10

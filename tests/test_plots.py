@@ -127,7 +127,7 @@ def test_contest_ranks_by_median_and_draws_bands(told):
         "The band (real against real): 0.90 to 0.95. Below it: b; a.\n"
     )
     names = [t.get_text() for t in ax.get_legend().get_texts()]
-    assert names == ["floor", "real against real"]
+    assert names == ["floor", "real against real", "median"]
     assert sum(len(c.get_offsets()) for c in ax.collections) == 6
 
 

@@ -34,7 +34,6 @@ import yaml
 import apidocs
 import generated_pages
 import pages
-from scgenlib.records import OWN
 
 HOME = ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
@@ -49,12 +48,13 @@ CELL_TIMEOUT = 1800  # seconds; a laptop may be slow, a hang must end
 # Asked of the kernel after the last cell: what the run took.
 PROBE = """
 import json as _json, sys as _sys
+from scgenlib.records import asked as _asked
 from scgenlib.records import peak_memory_mb as _peak, versions as _versions
 _torch = _sys.modules.get("torch")
 _cuda = bool(_torch and _torch.cuda.is_available()
              and _torch.cuda.max_memory_allocated())
 print(_json.dumps({"memory_mb": round(_peak()), "versions": _versions(),
-                   "device": "cuda" if _cuda else "cpu"}))
+                   "device": "cuda" if _cuda else "cpu", "records": _asked()}))
 """
 
 
@@ -107,17 +107,17 @@ def chosen(names: list[str]) -> list[Path]:
 
 
 def inputs_hash(path: Path) -> str:
-    """Return a hash of all that a notebook's outputs depend on."""
+    """Return a hash of what a notebook's outputs depend on, but for the records.
+
+    Of the records only those count that the notebook asks for: see `shows_records`.
+    """
     digest = hashlib.sha256()
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
             digest.update(f"{cell.source}\n\0".encode())
-    recorded = (ROOT / "book" / "results").glob("*.json")
     files = [
         *(ROOT / "scgenlib").rglob("*.py"),
         *(ROOT / "data_manifests").glob("*"),
-        # What somebody recorded on a file of their own is shown on no page.
-        *(p for p in recorded if f"-{OWN}" not in p.name),
         *(ROOT / "book" / "weights").glob("*"),
         ROOT / "requirements.lock",
     ]
@@ -127,12 +127,31 @@ def inputs_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def shows_records(about: dict[str, Any]) -> bool:
+    """Return whether outputs with this metadata show the records as they are now."""
+    from scgenlib.records import fingerprint
+
+    folder = ROOT / "book" / "results"
+    seen = about.get("records", {"": ""})
+    return all(fingerprint(name, folder) == then for name, then in seen.items())
+
+
 def is_current(path: Path, target: Path) -> bool:
     """Return whether `target` holds the outputs of `path` as it is now."""
     if not target.is_file():
         return False
     about = nbformat.read(target, as_version=4).metadata.get("scgenlib", {})
-    return bool(about.get("inputs_hash") == inputs_hash(path))
+    return about.get("inputs_hash") == inputs_hash(path) and shows_records(about)
+
+
+def stale() -> list[str]:
+    """Return the notebooks whose stored outputs `refresh` would make anew."""
+    out = []
+    for path in notebooks():
+        about = nbformat.read(path, as_version=4).metadata.get("scgenlib", {})
+        if about.get("code_hash") != code_hash(path) or not shows_records(about):
+            out.append(path.stem)
+    return out
 
 
 def execute(names: list[str], force: bool = False) -> None:
@@ -561,6 +580,7 @@ def main() -> int:
         one = commands.add_parser(name)
         one.add_argument("names", nargs="*", help="chapters; all by default")
         one.add_argument("--force", action="store_true", help="run unchanged ones too")
+    commands.add_parser("stale", help="chapters whose stored outputs are out of date")
     commands.add_parser("render")
     commands.add_parser("strict")
     arguments = parser.parse_args()
@@ -571,6 +591,8 @@ def main() -> int:
             execute(arguments.names, arguments.force)
         elif arguments.command == "refresh":
             refresh(arguments.names, arguments.force)
+        elif arguments.command == "stale":
+            print(" ".join(stale()))
         elif arguments.command == "render":
             render()
         else:
