@@ -174,10 +174,10 @@ def homework(
         Empty `student_id`, a chapter without homework, or no chapter at all.
     """
     if chapter is None:
-        from scgenlib.chapter import _STARTED
+        from scgenlib.chapter import STARTED
 
         # `chapter.start` leaves the name in the notebook, which is `__main__`.
-        chapter = getattr(sys.modules["__main__"], _STARTED, None)
+        chapter = getattr(sys.modules["__main__"], STARTED, None)
     if chapter is None:
         raise ConfigError(
             message(
@@ -226,6 +226,125 @@ def _bare(adata: AnnData, rng: np.random.Generator, *columns: str) -> AnnData:
     cells.layers["counts"] = counts
     adata.uns["order"] = order
     return cells
+
+
+def _data(rng: np.random.Generator) -> _Made:
+    """Negative binomial genes; one has no excess variance, one has added zeros."""
+    import anndata as ad
+    from scipy import sparse
+
+    n, m = 1500, 200
+    depth = np.exp(rng.normal(0, 0.4, n))
+    mean, theta = np.exp(rng.uniform(0.7, 2.1, m)), rng.uniform(1.0, 4.0, m)
+    plain, hollow, asked = rng.choice(m, 3, replace=False)
+    mean[[plain, hollow, asked]], theta[hollow] = rng.uniform(5, 8, 3), 4.0
+    mu = np.outer(depth / depth.mean(), mean)
+    counts = rng.poisson(rng.gamma(theta, mu / theta)).astype(np.float32)
+    counts[:, plain] = rng.poisson(mu[:, plain])
+    counts[rng.random(n) < rng.uniform(0.25, 0.35), hollow] = 0
+    full = ad.AnnData(layers={"counts": sparse.csr_matrix(counts)}, shape=(n, m))
+    cells = _bare(full, rng)
+    names = cells.var_names
+    one = "All cells are of one type, and a cell's expected counts follow its depth."
+    tasks = {
+        "poisson": Task(f"{one} Which gene varies as Poisson counts do? A name of"
+                        " adata.var_names.", "name"),
+        "zeros": Task("Which gene has more zeros than a negative binomial of its mean"
+                      " and variance? A name of adata.var_names.", "name"),
+        "theta": Task("A negative binomial count with mean m has variance m + m²/θ."
+                      f" What is θ of {names[asked]}? A number.", "number",
+                      0.25 * theta[asked]),
+    }  # fmt: skip
+    truth = {"poisson": names[plain], "zeros": names[hollow]}
+    return cells, tasks, truth | {"theta": float(theta[asked])}
+
+
+def _evaluation(rng: np.random.Generator) -> _Made:
+    """Labelled cells, and four clusterings of them under names that say nothing."""
+    from sklearn.metrics import adjusted_rand_score
+
+    from scgenlib.simulate import simulate
+
+    full = simulate(1200, 200, depth_mean=3000, seed=_seed(rng))
+    types = full.obs["cell_type"].astype(str)
+    kinds = types.value_counts().index
+    half = rng.random(full.n_obs) < rng.uniform(0.3, 0.5)
+    made = {
+        "renamed": types,
+        "split": types.where((types != kinds[rng.integers(2)]) | half, "half"),
+        "merged": types.replace(dict.fromkeys(kinds[:2], "both")),
+        "noisy": types.where(rng.random(len(types)) < rng.uniform(0.5, 0.8),
+                             rng.permutation(types)),
+    }  # fmt: skip
+    letters = dict(zip(made, rng.permutation([*"WXYZ"]).tolist(), strict=True))
+    for key, labels in made.items():
+        names = {
+            name: f"c{i}" for i, name in enumerate(rng.permutation(labels.unique()))
+        }
+        full.obs[letters[key]] = labels.map(names)
+    cells = _bare(full, rng, "cell_type", *"WXYZ")
+    noisy = letters["noisy"]
+    ask = "A letter, W, X, Y or Z (a column of adata.obs)."
+    tasks = {
+        "renamed": Task(f"Which clustering is the cell types under other names? {ask}",
+                        "name"),
+        "split": Task(f"Which clustering splits one type and keeps the others? {ask}",
+                      "name"),
+        "merged": Task(f"Which clustering puts two types into one cluster? {ask}",
+                       "name"),
+        "ari": Task(f"What is the adjusted Rand index of {noisy} against cell_type?"
+                    " A number.", "number", 0.005),
+    }  # fmt: skip
+    ari = float(adjusted_rand_score(types, full.obs[noisy]))
+    return cells, tasks, {key: letters[key] for key in [*tasks][:3]} | {"ari": ari}
+
+
+def _machines(rng: np.random.Generator) -> _Made:
+    """Points of four far blobs, and three generators of such points."""
+    import anndata as ad
+    from scipy import sparse
+
+    def draw(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        blob = rng.choice(4, size=1000, p=shares)
+        return rng.normal(corners[blob], 0.3), np.bincount(blob, minlength=4) / 1000
+
+    corners = np.array([[-3, -3], [-3, 3], [3, -3], [3, 3]]) + rng.normal(
+        0, 0.3, (4, 2)
+    )
+    usual = rng.dirichlet(np.full(4, 20.0))
+    lost, tilted = usual.copy(), usual[rng.permutation(4)] * rng.uniform(0.3, 3, 4)
+    lost[rng.integers(4)] = 0
+    shares = {
+        "fresh": usual,
+        "lost": lost / lost.sum(),
+        "tilted": tilted / tilted.sum(),
+    }
+    points = {name: draw(share) for name, share in {"real": usual, **shares}.items()}
+    letters = dict(zip(shares, rng.permutation([*"XYZ"]).tolist(), strict=True))
+    source = np.repeat(["real", *(letters[name] for name in shares)], 1000)
+    order = rng.permutation(len(source))
+    X = sparse.csr_matrix(np.concatenate([x for x, _ in points.values()])[order])
+    names = [f"point{i + 1:04d}" for i in range(len(source))]
+    obs = pd.DataFrame({"source": source[order]}, index=names)
+    cells = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=["x1", "x2"]))
+    p, q = points["real"][1], points["tilted"][1]
+    both = p + q
+    loss = -sum(s @ np.log(np.where(s > 0, s / both, 1)) for s in (p, q))
+    far = str(rng.choice([*shares]))
+    sides = (np.sort(points[name][0][:, 0]) for name in ("real", far))
+    tasks = {
+        "lost": Task("Which generator has lost a blob of the real points? A letter, X,"
+                     " Y or Z (adata.obs['source']).", "name"),
+        "loss": Task("The best discriminator D between real points and"
+                     f" {letters['tilted']} knows the share of each blob in both. What"
+                     " is its loss, the mean of -ln D over real points plus the mean of"
+                     " -ln(1 - D) over the others? A number (ln 4 if they were alike).",
+                     "number", 0.02),
+        "w1": Task(f"How far is {letters[far]} from the real points in x1, as"
+                   " 1-Wasserstein distance? A number.", "number", 0.02),
+    }  # fmt: skip
+    w1 = float(np.abs(np.subtract(*sides)).mean())
+    return cells, tasks, {"lost": letters["lost"], "loss": float(loss), "w1": w1}
 
 
 def _garage(rng: np.random.Generator) -> _Made:
@@ -347,6 +466,9 @@ def _regina(rng: np.random.Generator) -> _Made:
 
 #: The chapters with homework.
 CHAPTERS: dict[str, Callable[[np.random.Generator], _Made]] = {
+    "data": _data,
+    "evaluation": _evaluation,
+    "machines": _machines,
     "scatlasvae": _scatlasvae,
     "cscgan": _cscgan,
     "garage": _garage,

@@ -13,7 +13,9 @@ from html.parser import HTMLParser
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 
 import book
 import classroom
@@ -21,7 +23,7 @@ import classroom_bundle as bundle
 import classroom_notebooks as notebooks
 import classroom_slides
 from classroom_myst import ClassroomError, Converter
-from scgenlib import chapter, selfcheck
+from scgenlib import chapter, homework, metrics, selfcheck
 from scgenlib.errors import ConfigError
 
 NAMES = [path.stem for path in book.notebooks()]
@@ -302,10 +304,10 @@ def test_slides_hold_all_they_show(name, labels):
 
 # --- homework -------------------------------------------------------------------
 
-METHODS = ["scatlasvae", "cscgan", "garage", "scgacl", "regina"]
+HOMEWORK = list(homework.CHAPTERS)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", HOMEWORK)
 def test_homework_is_ones_own_and_repeats(name):
     ada = chapter.homework("ada", name, secret="oak")
     again = chapter.homework("ada", name, secret="oak")
@@ -328,11 +330,13 @@ def test_homework_is_ones_own_and_repeats(name):
         assert not graded[key] and graded.drop(key).all()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", HOMEWORK)
 def test_homework_does_not_tell_its_answer(name):
     cells = chapter.homework("ada", name).adata
-    shown = {"scatlasvae": {"batch"}, "cscgan": {"source"}, "garage": set(),
-             "scgacl": {"cell_type"}, "regina": {"perturbation"}}[name]  # fmt: skip
+    shown = {"data": set(), "evaluation": {"cell_type", *"WXYZ"},
+             "machines": {"source"}, "scatlasvae": {"batch"}, "cscgan": {"source"},
+             "garage": set(), "scgacl": {"cell_type"}, "regina": {"perturbation"},
+             }[name]  # fmt: skip
     assert set(cells.obs) == shown and not list(cells.var)
     assert not cells.uns and not cells.varm and not cells.obsm
     assert set(cells.layers) <= {"counts"}
@@ -357,6 +361,46 @@ def test_homework_can_be_solved_from_what_is_shown():
     assert not all(h.grade({"dropout": 0.25})["right"].all() for h in all_made)
 
 
+@pytest.mark.parametrize("student", ["ada", "bob", "eve"])
+def test_homework_of_the_foundations_can_be_solved(student):
+    work = chapter.homework(student, "data")
+    counts = work.adata.layers["counts"].toarray().astype(float)
+    size = counts.sum(1) / counts.sum(1).mean()
+    mu = np.outer(size, counts.mean(0))
+    # Moments: what is left of the variance after Poisson is mu^2 / theta.
+    excess = ((counts - mu) ** 2 - mu).sum(0) / (mu**2).sum(0)
+    theta = 1 / np.maximum(excess, 1e-9)
+    zeros = (counts == 0).mean(0) - ((theta / (theta + mu)) ** theta).mean(0)
+    names = work.adata.var_names
+    asked = names.get_loc(re.search(r"gene\d{4}", work.tasks["theta"].text)[0])
+    answers = {"poisson": names[excess.argmin()], "zeros": names[zeros.argmax()]}
+    assert work.grade({**answers, "theta": theta[asked]})["right"].all()
+
+    work = chapter.homework(student, "evaluation")
+    types, found = work.adata.obs["cell_type"], {}
+    for letter in "WXYZ":
+        both = pd.crosstab(types, work.adata.obs[letter]).to_numpy() > 0
+        key = {(True, True): "renamed", (False, True): "split", (True, False): "merged"}
+        pure = ((both.sum(1) == 1).all(), (both.sum(0) == 1).all())
+        found[key.get(pure, "noisy")] = letter
+    score = metrics.ari(types, work.adata.obs[found.pop("noisy")])
+    assert work.grade({**found, "ari": score})["right"].all()
+
+    work = chapter.homework(student, "machines")
+    points, source = work.adata.X.toarray(), work.adata.obs["source"].to_numpy()
+    blob = 2 * (points[:, 0] > 0) + (points[:, 1] > 0)
+    shares = pd.crosstab(source, blob, normalize="index").reindex(columns=range(4))
+    lost = shares.index[(shares == 0).any(axis=1)]
+    letter = re.search(r"points and ([XYZ]) knows", work.tasks["loss"].text)[1]
+    p, q = (shares.loc[s].to_numpy() for s in ("real", letter))
+    loss = -(p @ np.log(p / (p + q))) - q @ np.log(q / (p + q))
+    far = re.search(r"How far is ([XYZ])", work.tasks["w1"].text)[1]
+    x1 = [points[source == name, 0] for name in ("real", far)]
+    w1 = stats.wasserstein_distance(*x1)
+    answers = {"lost": lost.item(), "loss": loss, "w1": w1}
+    assert work.grade(answers)["right"].all()
+
+
 def test_homework_is_saved_without_secret(tmp_path):
     import anndata as ad
 
@@ -378,12 +422,12 @@ def test_homework_is_that_of_the_chapter_at_hand(monkeypatch):
     here = sys.modules["__main__"]
     monkeypatch.setattr(here, "_scgenlib_chapter", "scgacl", raising=False)
     assert chapter.homework("ada").chapter == "scgacl"
-    monkeypatch.setattr(here, "_scgenlib_chapter", "data")
-    with pytest.raises(ConfigError, match="[Uu]nknown chapter with homework.*'data'"):
+    monkeypatch.setattr(here, "_scgenlib_chapter", "compare")
+    with pytest.raises(ConfigError, match="[Uu]nknown chapter with homework.*compare"):
         chapter.homework("ada")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", HOMEWORK)
 def test_class_notebooks_set_homework_and_mark_it(name, labels, monkeypatch, capsys):
     here = sys.modules["__main__"]
     monkeypatch.setattr(here, "_scgenlib_chapter", name, raising=False)

@@ -198,9 +198,10 @@ def test_package_stays_small(repo):
     # The design says about 7,000, which the third method passed; the fourth brought
     # count likelihoods, the integration metrics, reading from disk and processes; the
     # fifth names of perturbations, layouts, splits, a screen, its metrics and trials;
-    # classes brought homework. A ratchet: lowered when lines go, and not raised without
+    # classes brought homework, also of the foundations; pages are held to the records
+    # that they show. A ratchet: lowered when lines go, and not raised without
     # a reason in the log.
-    assert sum(lines.values()) <= 15_405
+    assert sum(lines.values()) <= 15_550
     # A file beyond 500 lines holds two ideas; a method's may reach 700.
     assert not {path: n for path, n in lines.items() if n > 700}
 
