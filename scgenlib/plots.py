@@ -377,6 +377,7 @@ def contest(
     """
     medians = table.groupby(arm, observed=True)[metric].median()
     names = list(order or medians.sort_values(ascending=False).index)
+    alone = ax is None
     ax = new_axes(size=(6.2, 0.9 + 0.36 * len(names))) if ax is None else ax
     ranks = "; ".join(f"{n} {rounded(medians[n])}" for n in names)
     sentences = [f"{label or metric}, median over the dots: {ranks}."]
@@ -403,14 +404,15 @@ def contest(
         values = table.loc[table[arm] == name, metric].to_numpy(float)
         apart = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else np.zeros(1)
         ax.scatter(values, row + apart, s=16, alpha=0.8, color="#0072B2")
-        of_all = None if row else "median"
+        of_all = None if row or not alone else "median"
         x, y = [medians[name]] * 2, [row - 0.3, row + 0.3]
         ax.plot(x, y, color="black", lw=1.6, label=of_all)
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel=label or metric)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(axis="x", color="#E5E5E5", lw=0.6)
     ax.set_axisbelow(True)
-    legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3)
+    if ax.get_legend_handles_labels()[0]:
+        legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3)
     tell(ax, *sentences)
     return ax
 
@@ -418,11 +420,14 @@ def contest(
 def bars(
     values: pd.Series,
     *,
-    base: float | None = None,
+    base: float | pd.Series | None = None,
     base_name: str = "base rate",
     label: str = "value",
 ) -> Axes:
-    """Draw one horizontal bar per entry, with a base-rate line to compare to."""
+    """Draw one horizontal bar per entry, with what to compare it to.
+
+    `base` is one number, drawn as a line, or one for each entry, drawn as ticks.
+    """
     ax = new_axes(size=(6, 0.9 + 0.28 * len(values)))
     ax.barh([str(n) for n in values.index], values.to_numpy(float), color="#56B4E9")
     ax.invert_yaxis()
@@ -430,10 +435,17 @@ def bars(
     text = f"{label}: highest {values.idxmax()} ({rounded(values.max())}), "
     text += f"lowest {values.idxmin()} ({rounded(values.min())})"
     if base is not None:
-        ax.axvline(base, color="black", ls="--", lw=1, label=base_name)
+        if isinstance(base, pd.Series):
+            each: Any = base[values.index]
+            said = f"their {base_name}"
+            ax.scatter(
+                each, range(len(each)), s=120, c="k", marker="|", label=base_name
+            )
+        else:
+            each, said = base, f"the {base_name} ({rounded(base)})"
+            ax.axvline(base, color="black", ls="--", lw=1, label=base_name)
         legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1))
-        above = int((values > base).sum())
-        text += f"; {above} of {len(values)} above the {base_name} ({rounded(base)})"
+        text += f"; {int((values > each).sum())} of {len(values)} above {said}"
     tell(ax, text + ".")
     return ax
 
@@ -448,6 +460,7 @@ def heatmap(
 ) -> Axes:
     """Draw a table as colours, with its numbers when `digits` is given.
 
+    What is missing stays blank.
     `label` names the colour bar; `names` the columns' and the rows' axis.
     """
     rows, columns = table.shape
@@ -464,7 +477,8 @@ def heatmap(
         middle = float(np.mean(image.get_clim()))
         for (i, j), value in np.ndenumerate(table.to_numpy(float)):
             colour = "black" if value > middle else "white"
-            ax.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=colour)
+            text = "" if np.isnan(value) else f"{value:.{digits}f}"
+            ax.text(j, i, text, ha="center", va="center", color=colour)
     ax.figure.colorbar(image, ax=ax, label=label)
     stacked: Any = table.stack()
     top, bottom = stacked.idxmax(), stacked.idxmin()

@@ -188,6 +188,9 @@ def test_strict_build_counts_what_came_out(small):
     page.write_text(whole.replace(ALT, "figure.png"))
     with pytest.raises(book.BookError, match="without a description"):
         book.check_pages(tree, site)
+    page.write_text(whole + '<p id="here"></p><p id="here"></p>')
+    with pytest.raises(book.BookError, match="toy: ids that stand .* once: here"):
+        book.check_pages(tree, site)
     page.unlink()
     with pytest.raises(book.BookError, match="toy: no page"):
         book.check_pages(tree, site)

@@ -201,7 +201,7 @@ def test_package_stays_small(repo):
     # classes brought homework, also of the foundations; pages are held to the records
     # that they show. A ratchet: lowered when lines go, and not raised without
     # a reason in the log.
-    assert sum(lines.values()) <= 15_550
+    assert sum(lines.values()) <= 15_560
     # A file beyond 500 lines holds two ideas; a method's may reach 700.
     assert not {path: n for path, n in lines.items() if n > 700}
 

@@ -150,6 +150,21 @@ def test_bars_against_a_base_rate(told):
     )
 
 
+def test_bars_against_a_base_rate_each(told):
+    base = pd.Series({"T": 0.01, "B": 0.4})
+    ax = plots.bars(pd.Series({"B": 0.3, "T": 0.02}), base=base, base_name="chance")
+    assert told(ax).endswith("1 of 2 above their chance.\n")
+    ticks = ax.collections[0].get_offsets()
+    np.testing.assert_allclose(ticks, [[0.4, 0], [0.01, 1]])
+
+
+def test_heatmap_leaves_out_what_is_missing(told):
+    table = pd.DataFrame([[0.1, np.nan], [0.5, 0.4]], index=["r", "s"])
+    ax = plots.heatmap(table, label="ARI", digits=1)
+    assert [t.get_text() for t in ax.texts] == ["0.1", "", "0.5", "0.4"]
+    assert told(ax) == "ARI: highest 0.50 at s, 0; lowest 0.10 at r, 0.\n"
+
+
 def test_heatmap_writes_its_numbers(told):
     table = pd.DataFrame([[0.1, 0.9], [0.5, 0.4]], index=["r", "s"], columns=["x", "y"])
     ax = plots.heatmap(table, label="ARI", digits=1)

@@ -300,6 +300,8 @@ def test_workflow_says_what_it_takes_for_types(clone, tmp_path):
         cells.write_h5ad(tmp_path / "mine.h5ad")
         line = [tool, "-s", "experiments/Snakefile", "-n", "--config"]
         line += ["chapter=garage", f"dataset={tmp_path / 'mine.h5ad'}"]
-        done = subprocess.run(line, cwd=clone, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert ("no column cell_type" in done.stderr) == is_said
+        for told in ([], [f"label_key={column}"]):
+            full = [*line, *told]
+            done = subprocess.run(full, cwd=clone, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert ("no column cell_type" in done.stderr) == (is_said and not told)

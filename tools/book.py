@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -523,6 +524,11 @@ def check_pages(tree: Path, site: Path) -> None:
             continue
         total["pages"] += 1
         text = page.read_text(encoding="utf-8")
+        ids = Counter(re.findall(r'\bid="([^"]+)"', text))
+        # A link to such a place ends at the first of them.
+        twice = ", ".join(one for one, count in ids.items() if count > 1)
+        if twice:
+            problems.append(f"{name}: ids that stand more than once: {twice}")
         source = tree / f"{name}.ipynb"
         if not source.is_file():
             continue

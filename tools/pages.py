@@ -412,6 +412,10 @@ _UNUSED_TAGS = re.compile(
 _IMAGE = re.compile(r"""<img\b[^>]*\bsrc="((?:\.\./)*_images/[^"]+)"[^>]*>""")
 
 
+# The extension for exercises gives each of a page the same id.
+_REPEATED_ID = re.compile(r' id="(?:exercise|solution)-content"')
+
+
 def link_images(text: str) -> str:
     """Link each picture of a page to its file, which may be larger than the column."""
 
@@ -446,6 +450,6 @@ def slim(site: Path) -> None:
         options.write_text(text.replace("SHOW_SEARCH_SUMMARY: true", shown))
     for path in site.rglob("*.html"):
         text = path.read_text(encoding="utf-8")
-        lean = link_images(_UNUSED_TAGS.sub("", text))
+        lean = link_images(_REPEATED_ID.sub("", _UNUSED_TAGS.sub("", text)))
         if lean != text:
             path.write_text(lean, encoding="utf-8")
