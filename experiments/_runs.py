@@ -40,9 +40,17 @@ def parser(
     return made
 
 
-def load(args: argparse.Namespace) -> AnnData:
-    """Fix the threads and return the cells that the arguments ask for."""
+def parse(
+    given: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Read the arguments and fix the threads."""
+    args = given.parse_args(arguments)
     torch.set_num_threads(args.threads)
+    return args
+
+
+def load(args: argparse.Namespace) -> AnnData:
+    """Return the cells that the arguments ask for."""
     return datasets.load(
         args.dataset, label_key=args.label_key, batch_key=args.batch_key
     )

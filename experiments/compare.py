@@ -40,7 +40,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-from _runs import Rows, load, parser, run_seed, seeds, some, timed
+from _runs import Rows, load, parse, parser, run_seed, seeds, some, timed
 from anndata import AnnData
 from scipy import sparse
 from sklearn.ensemble import RandomForestClassifier
@@ -443,7 +443,7 @@ def allowed(adata: AnnData) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparisons of one data set and write their records."""
-    args = parser(__doc__, CompareConfig.PROFILES, EXPERIMENTS).parse_args(arguments)
+    args = parse(parser(__doc__, CompareConfig.PROFILES, EXPERIMENTS), arguments)
     config = CompareConfig.profile(args.profile)
     adata = drawn(load(args), config.most_cells)
 

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from _runs import Rows, add, load, parser, seeds, some
+from _runs import Rows, add, load, parse, parser, seeds, some
 from anndata import AnnData
 from sklearn.ensemble import RandomForestClassifier
 
@@ -338,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.add_argument("--arms", nargs="+", default=FORMS, choices=FORMS)
     given.add_argument("--cut-type", default=None, help="default: the largest type")
     given.add_argument("--shares", type=float, nargs="+", default=SHARES)
-    args = given.parse_args(arguments)
+    args = parse(given, arguments)
     steps = args.steps or (PAPER_STEPS if args.profile == "paper" else None)
     changed = {"max_steps": steps, "n_genes": args.genes}
     config = CscGANConfig.profile(

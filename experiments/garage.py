@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from _runs import add, load, parser, seeds, some
+from _runs import add, load, parse, parser, seeds, some
 from anndata import AnnData
 
 from scgenlib import (
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.add_argument("--weights", type=float, nargs="*", default=PRIORITY_WEIGHTS)
     given.add_argument("--leaks", type=float, nargs="*", default=LEAKS)
     given.add_argument("--rules", nargs="*", default=RULES, help="beside attention")
-    args = given.parse_args(arguments)
+    args = parse(given, arguments)
     config = GARAGEConfig.profile(args.profile)
     if args.dataset == "blobs":
         adata, config = simulate.blobs(1000), TOY

@@ -45,7 +45,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from _runs import Rows, load, parser, run_seed, seeds
+from _runs import Rows, load, parse, parser, run_seed, seeds
 from anndata import AnnData
 from scipy import sparse
 
@@ -483,7 +483,7 @@ def wanted(args: argparse.Namespace, seed: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiments of one data set and write its records."""
-    args = parser(__doc__, REGINAConfig.PROFILES, EXPERIMENTS).parse_args(arguments)
+    args = parse(parser(__doc__, REGINAConfig.PROFILES, EXPERIMENTS), arguments)
     config, adata = REGINAConfig.profile(args.profile), load(args)
     for seed in seeds(args):
         lab = Lab(adata, config, seed, args.device, args.dataset)

@@ -49,7 +49,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from _runs import Rows, load, parser, run_seed, seeds, timed
+from _runs import Rows, load, parse, parser, run_seed, seeds, timed
 from anndata import AnnData
 from scipy import sparse
 from torch import nn
@@ -530,7 +530,7 @@ def wanted(adata: AnnData, args: argparse.Namespace, seed: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiments of one data set and write its records."""
-    args = parser(__doc__, ScAtlasVAEConfig.PROFILES, EXPERIMENTS).parse_args(arguments)
+    args = parse(parser(__doc__, ScAtlasVAEConfig.PROFILES, EXPERIMENTS), arguments)
     config, adata = ScAtlasVAEConfig.profile(args.profile), load(args)
     for seed in seeds(args):
         lab = Lab(adata, config, seed, args.device)

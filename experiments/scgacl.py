@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from _runs import Rows, add, load, parser, seeds, short
+from _runs import Rows, add, load, parse, parser, seeds, short
 from anndata import AnnData
 from scipy import sparse
 
@@ -649,7 +649,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiments of one data set and write its records."""
     given = parser(__doc__, ScGACLConfig.PROFILES, EXPERIMENTS)
     given.add_argument("--genes", type=int, default=None, help="most variable ones")
-    args = given.parse_args(arguments)
+    args = parse(given, arguments)
     changed = {} if args.genes is None else {"n_genes": args.genes}
     config = ScGACLConfig.profile(args.profile, **changed)
     adata = load(args)
