@@ -4,7 +4,8 @@ Each student gets other cells with another answer. Both follow from the student'
 the chapter and a secret of the course, so that nothing has to be stored and a teacher
 can work the answer out again. This is no lock: whoever knows the secret and reads this
 file can do the same. It makes copying from a neighbour useless, not cheating
-impossible. A teacher who wants more keeps the secret, and hands out only `save`d files.
+impossible. A teacher who wants more keeps the secret, and hands out only files that
+`save` wrote.
 """
 
 from __future__ import annotations

@@ -350,7 +350,7 @@ BANDWIDTHS = tuple(10.0**k for k in range(-6, 1)) + (
 def rbf_kernel(
     x: Tensor, y: Tensor, bandwidths: tuple[float, ...] = BANDWIDTHS
 ) -> Tensor:
-    """Return the sum of Gaussian kernels, exp(-|a - b|^2 / 2s), for all pairs.
+    """Return the sum of Gaussian kernels, `exp(-|a - b|^2 / 2s)`, of all pairs.
 
     Parameters
     ----------

@@ -858,7 +858,7 @@ class REGINA(Estimator):
             expression, float32, which may be below 0: clip it where a tool asks for
             that, and the means are no longer the predicted ones. ``obs``: that of the
             cell, with "source" (its name), "perturbation" (and the column of the fit,
-            whose old value goes to "source_..."), "condition" (GEARS spelling),
+            whose old value goes to `source_...`), "condition" (GEARS spelling),
             "dose_val" and "prompt" ("gene", "learned", "mean" or several joined by
             "+") and "kept". ``obsm["latent"]``: codes after the transition.
 

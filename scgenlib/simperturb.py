@@ -1,6 +1,6 @@
 """A perturbation screen whose truth is known: pathways, knock-outs, and doubles.
 
-The model of one cell c under condition s, with targets T(s), and gene g:
+The model of one cell c under condition s, with targets T(s), and gene g::
 
     co-variation  w[c, g] = covariation * sum_p L[g, p] a[c, p],   a ~ N(0, 1)
     through       d[j] = -L L[j]                   what falls and rises with gene j

@@ -175,7 +175,7 @@ def mmd2(
     """Unbiased squared maximum mean discrepancy with a Gaussian kernel.
 
     Mean kernel value within X, plus within Y, minus twice that between them;
-    k(a, b) = exp(-|a - b|^2 / (2 s^2)). A cell is not compared with itself, so
+    `k(a, b) = exp(-|a - b|^2 / (2 s^2))`. A cell is not compared with itself, so
     the expected value between two samples of the same cells is 0.
 
     Parameters
@@ -183,7 +183,7 @@ def mmd2(
     X, Y
         Cells x genes, at least two cells each.
     bandwidth
-        s. None takes the median distance between two cells of the pooled sample.
+        The s above; None: the median distance between two cells of the pooled sample.
     clamp
         Return 0 in place of a negative estimate. The estimate is then no longer
         unbiased.

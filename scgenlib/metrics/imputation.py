@@ -114,7 +114,7 @@ def mask_scores(flagged: Matrix, lost: Matrix, observed: Matrix) -> dict[str, fl
     Returns
     -------
     dict
-        'accuracy', 'precision', 'recall', 'f1', the same as 'flag_all_...', and 'n',
+        'accuracy', 'precision', 'recall', 'f1', the same as `flag_all_...`, and 'n',
         the number of zeros. A score without a denominator is nan.
     """
     shape = observed.shape

@@ -359,7 +359,7 @@ def graph_connectivity(
 
 
 def silhouette_batch(Z: Cells, labels: Labels, batches: Labels) -> float:
-    """Batch silhouette, 1 - mean |s| of the batches of a type; a mean over types.
+    """Batch silhouette, 1 - mean `|s|` of the batches of a type; a mean over types.
 
     Types with one batch, or one cell a batch, are left out. Blind to batches that
     differ when another lies near: s asks for the nearest other batch only, so that

@@ -94,9 +94,10 @@ def reliability(
 ) -> pd.DataFrame:
     """Set the confidence of guesses beside the share that is right, in bins.
 
-    The expected calibration error is the mean over cells of |accuracy - confidence| of
-    their bin (Guo et al., 2017). Blind to all but the largest column, and to over- and
-    under-confidence that cancel within a bin. `calibration` does this for one type.
+    The expected calibration error is the mean over cells of
+    `|accuracy - confidence|` of their bin (Guo et al., 2017). Blind to all but the
+    largest column, and to over- and under-confidence that cancel within a bin.
+    `calibration` does this for one type.
 
     Parameters
     ----------
@@ -155,7 +156,7 @@ def reject_scores(
         'auroc_max' and 'auroc_entropy': chance that an unseen cell has a smaller
         largest probability, or a larger entropy, than a seen one; 0.5 is blind, nan
         where one kind is missing. 'n_unseen', 'n_seen'. For each threshold the columns
-        of `coverage_table`, as 'coverage@0.5' and so on.
+        of `coverage_table`, as `coverage@0.5` and so on.
     """
     names, has, p = _checked(true, probabilities)
     known = set(probabilities.columns.astype(str))
