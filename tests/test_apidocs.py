@@ -77,8 +77,8 @@ def test_names_are_those_that_python_sees(package):
 def test_every_name_has_one_entry(package, texts):
     whole = "\n".join(texts.values())
     for name, entry in package.entries.items():
-        head = rf"^`````\{{py:\w+\}} {re.escape(entry.short)}(?![\w.]).*\n"
-        head += rf":module: scgenlib\.{re.escape(entry.owner)}$"
+        head = rf"^\.\. py:\w+:: {re.escape(entry.short)}(?![\w.]).*\n"
+        head += rf" +:module: scgenlib\.{re.escape(entry.owner)}$"
         assert len(re.findall(head, whole, re.MULTILINE)) == 1, name
 
 
@@ -86,7 +86,7 @@ def test_every_name_is_explained(package, reference):
     bare = [name for name in package.entries if not reference.explained(name)]
     assert not bare, bare
     # And most of them down to a section, not to a page as a whole.
-    deep = [n for n in package.entries if "{ref}" in reference.explained(n)]
+    deep = [n for n in package.entries if ":ref:" in reference.explained(n)]
     assert len(deep) > 0.6 * len(package.entries)
 
 
@@ -113,8 +113,8 @@ def test_there_and_back(reference):
     assert "{ref}`at-garage-by-hand-the-mixed-batch`" in line
     assert "{eq}`eq-garage-batch`" in line
     there = reference.explained("garage.mixed_batch")
-    assert "{ref}`at-garage-by-hand-the-mixed-batch`" in there
-    assert "{eq}`eq-garage-batch`" in there
+    assert ":ref:`at-garage-by-hand-the-mixed-batch`" in there
+    assert ":eq:`eq-garage-batch`" in there
     for path in book.notebooks():
         assert apidocs.used_on(path.stem, reference), path.stem
 
@@ -124,9 +124,10 @@ def test_methods_show_fit_and_verbs(texts):
     for verb in ("Estimator.fit", "Estimator.save", "GARAGE.select_seeds",
                  "GARAGE.generate", "REGINA.predict", "ScGACL.impute",
                  "CscGAN.generate", "ScAtlasVAE.map_query"):  # fmt: skip
-        assert re.search(rf"\{{py:method\}} {re.escape(verb)}\(", text), verb
+        assert re.search(rf"\.\. py:method:: {re.escape(verb)}\(", text), verb
     assert text.index("Estimator.fit") < text.index("Estimator.save")
-    assert "| `leakage_fraction` | `float` | `0.2` |" in text
+    row = ["``leakage_fraction``", "``float``", "``0.2``", "same"]
+    assert "   * - " + "\n        - ".join(row) in text
 
 
 # --- small packages -------------------------------------------------------------------
@@ -148,13 +149,15 @@ def small(tmp_path: Path) -> Path:
         "    width, height\n        Sizes in `mm`, not_in_cm.\n"
         '    """\n\n'
         "    def __init__(self, width: int, height: int = 2) -> None: ...\n\n"
-        '    def open(self) -> "Box":\n        """Open it."""\n'
+        '    def open(self) -> Box:\n        """Open it."""\n'
     )
     (root / "tools.py").write_text(
-        '"""Tools."""\n__all__ = ["turn"]\n\n\n'
+        '"""Tools."""\n__all__ = ["Stuck", "turn"]\n\n\n'
+        'class Stuck(Exception):\n    """It does not turn."""\n\n\n'
         "def turn(x: float, *, by: float = 1.0) -> float:\n"
         '    """Turn.\n\n    Returns\n    -------\n    float\n        Turned.\n\n'
-        '    Raises\n    ------\n    ValueError\n        Never.\n    """\n'
+        "    Raises\n    ------\n    ValueError\n        Never.\n"
+        '    Stuck\n        If tight.\n    """\n'
     )
     return tmp_path
 
@@ -170,23 +173,36 @@ def notebook(path: Path, *cells: tuple[str, str]) -> Path:
 
 def test_an_alias_is_no_second_entry(small):
     package = apidocs.Package(small / "scgenlib")
-    assert set(package.entries) == {"boxes.Box", "boxes.LIMIT", "tools.turn"}
+    assert set(package.entries) == {
+        *("boxes.Box", "boxes.LIMIT", "tools.Stuck", "tools.turn")
+    }
     assert package.entries["tools.turn"].aliases == ("boxes.turn",)
 
 
-def test_docstrings_become_markdown(small, tmp_path, monkeypatch):
+def test_docstrings_become_directives(small, tmp_path, monkeypatch):
     (tmp_path / "book").mkdir()
     monkeypatch.setattr(apidocs, "PAGES", {"all": ("boxes", "tools")})
     reference = apidocs.Reference(small, tmp_path / "book", [])
     text = reference.page("all")
-    assert "More *about* them, 2 \\* 3." in text
-    assert "{py:class} Box(width: int, height: int=2)" in text
-    assert "{py:obj}`turn <scgenlib.tools.turn>`" in text
-    assert "`width`, `height` : *int*\n: Sizes in `mm`, not\\_in\\_cm." in text
-    assert "{py:method} Box.open() -> Box" in text or "-> 'Box'" in text
-    assert "**Raises**\n\n`ValueError`\n: Never." in text
-    assert "The most boxes." in text and "Value: `3`" in text
-    assert "Also as `scgenlib.boxes.turn`." in text
+    assert "More *about* them, 2 * 3." in text
+    assert ".. py:class:: Box(width: int, height: int=2)\n" in text
+    assert ":py:obj:`turn <scgenlib.tools.turn>`" in text
+    assert "**width, height** (*int*) -- Sizes in ``mm``, not_in_cm." in text
+    assert ".. py:method:: Box.open() -> ~scgenlib.boxes.Box\n" in text
+    assert ":returns: *float* -- Turned." in text
+    assert ":raises ValueError: Never." in text
+    assert ":raises ~scgenlib.tools.Stuck: If tight." in text
+    assert "The most boxes." in text and "Value: ``3``" in text
+    assert "Also as ``scgenlib.boxes.turn``." in text
+
+
+def test_code_in_a_docstring_is_shown_as_written(small, tmp_path):
+    reference = apidocs.Reference(small, tmp_path, [])
+    module = reference.package.modules["boxes"]
+    for text in ("obs['a']", "~/data", ".h5ad", "x <y>", "a *b* c", "|x - y|"):
+        assert reference.linked(f"see `{text}`.", module) == f"see ``{text}``."
+    for text in ("``done``", ":math:`x`", "``a`` and ``b``"):
+        assert reference.linked(text, module) == text
 
 
 def test_uses_are_found_in_code_and_text(small, tmp_path):

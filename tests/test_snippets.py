@@ -21,6 +21,7 @@ from anndata import AnnData
 from terminal import BIN, on_a_terminal
 
 import apidocs
+import apinames
 import book
 from scgenlib import cli, datasets
 
@@ -48,7 +49,7 @@ def section(path: Path, title: str) -> str:
             if inside:
                 found.append(f"```python\n{cell.source}\n```")
             continue
-        lines, heads = cell.source.splitlines(), list(apidocs.headings(cell.source))
+        lines, heads = cell.source.splitlines(), list(apinames.headings(cell.source))
         bounds = [0, *(number for number, *_ in heads), len(lines)]
         for index, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
             if index:

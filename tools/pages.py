@@ -20,6 +20,7 @@ import nbformat
 import yaml
 
 import apidocs
+import apinames
 
 # --- labels ------------------------------------------------------------------------
 
@@ -36,7 +37,7 @@ def add_labels(notebook: Any, page: str) -> None:
         if cell.cell_type != "markdown":
             continue
         lines = cell.source.splitlines()
-        for number, _, title, label in reversed(list(apidocs.headings(cell.source))):
+        for number, _, title, label in reversed(list(apinames.headings(cell.source))):
             if label:
                 continue
             name = base = f"at-{page}-{slug(title)}"
@@ -243,7 +244,7 @@ def citation(root: Path, notebook: Any) -> str:
     path = root / "CITATION.cff"
     about = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     first = notebook.cells[0].source if notebook.cells else ""
-    title = next((title for _, _, title, _ in apidocs.headings(first)), "")
+    title = next((title for _, _, title, _ in apinames.headings(first)), "")
     authors = ", ".join(a.get("name", "") for a in about.get("authors", []))
     end = "" if title.endswith(("?", "!", ".")) else "."
     text = f"{authors}: *{title}{end}* In: {about.get('title', 'this book')}"
