@@ -54,6 +54,8 @@ _PACKAGE = Path(__file__).resolve().parent
 _OWN = "own_"
 # What decides on the numbers of a record besides X, if the cells have it.
 _COLUMNS = ("cell_type", "batch", "perturbation", "condition")
+# What a number cannot come from: a new wording makes no record an old one.
+_NO_NUMBERS = {"errors", "words", "figure", "plots", "files", "download"}
 _asked: dict[str, str] = {}
 
 
@@ -158,7 +160,7 @@ def write_record(
         Hash of the cells that were used.
     modules
         Names of the scgenlib modules whose code made the numbers; the modules
-        that they import are added.
+        that they import are added, but for those that only speak, draw or store.
     **extra
         Further JSON-able facts for the provenance.
 
@@ -167,7 +169,8 @@ def write_record(
     OutputError
         The file cannot be written; nothing is left behind.
     """
-    names = sorted(_closure(modules))
+    named = {_short(m) for m in modules}
+    names = sorted(named | (_closure(named) - _NO_NUMBERS))
     table = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
     settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     provenance = {

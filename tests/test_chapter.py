@@ -574,3 +574,11 @@ def test_hash_of_an_unknown_module():
 def test_hash_of_the_real_package():
     modules = records.code_hash(["chapter"]), records.code_hash(["errors"])
     assert all(len(h) == 64 for h in modules) and modules[0] != modules[1]
+
+
+def test_a_record_follows_the_code_that_makes_numbers(tmp_path):
+    about = {"device": "cpu", "seconds": 1, "data_hash": "", "modules": ["baselines"]}
+    records.write_record(tmp_path / "a.json", [{"seed": 0}], {}, **about)
+    made = json.loads((tmp_path / "a.json").read_text())["provenance"]["modules"]
+    assert {"baselines", "_matrix", "imputers"} <= set(made)
+    assert not {"errors", "words", "plots", "figure", "files", "download"} & set(made)
