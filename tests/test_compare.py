@@ -237,8 +237,8 @@ def page(tmp_path: Path) -> dict[str, Any]:
             )
             constant |= isinstance(node, ast.Assign) and ast.unparse(
                 node.targets[0]
-            ) in ("NETWORKS", "REFERENCES", "SAME_CELLS", "no_labels", "new_batch",
-                  "stranger", "blind")  # fmt: skip
+            ) in ("NETWORKS", "REFERENCES", "SAME_CELLS", "ONE_OF", "no_labels",
+                  "new_batch", "stranger", "blind")  # fmt: skip
             if constant or isinstance(node, ast.FunctionDef):
                 kept.append(node)
     scope: dict[str, Any] = {
@@ -333,6 +333,23 @@ def test_curves_that_are_not_flat_are_a_caveat(page, tmp_path):
     write(tmp_path, rows)
     questions = [q for q in page["QUESTIONS"] if q[1] == "garage"]
     assert "100% of fits not flat" in guide_note(page, questions)
+
+
+def test_one_condition_that_stands_for_all_is_a_caveat(page, tmp_path):
+    questions = [q for q in page["QUESTIONS"] if q[0].startswith("gene of a seen")]
+    rows = [
+        {"pearson_delta" if key == "f1" else key: value for key, value in row.items()}
+        | {"split": "one", "condition": "JAK2"}
+        for row in rows_of([0.1] * 5, "REGINA")
+    ]
+    path = records.record_path("regina", "papalexi", "contest", tmp_path)
+    about = {"device": "cpu", "seconds": 1, "data_hash": "", "modules": ["errors"]}
+    records.write_record(path, rows, {}, **about)
+    assert guide_note(page, questions) == "one condition held out"
+    for row in rows[:3]:
+        row["condition"] = "STAT1"
+    records.write_record(path, rows, {}, **about)
+    assert guide_note(page, questions) == "none found"
 
 
 def guide_note(page: dict[str, Any], questions: list[Any]) -> str:
