@@ -262,8 +262,7 @@ def _data(rng: np.random.Generator) -> _Made:
 
 def _evaluation(rng: np.random.Generator) -> _Made:
     """Labelled cells, and four clusterings of them under names that say nothing."""
-    from sklearn.metrics import adjusted_rand_score
-
+    from scgenlib import metrics
     from scgenlib.simulate import simulate
 
     full = simulate(1200, 200, depth_mean=3000, seed=_seed(rng))
@@ -296,7 +295,7 @@ def _evaluation(rng: np.random.Generator) -> _Made:
         "ari": Task(f"What is the adjusted Rand index of {noisy} against cell_type?"
                     " A number.", "number", 0.005),
     }  # fmt: skip
-    ari = float(adjusted_rand_score(types, full.obs[noisy]))
+    ari = metrics.ari(types, full.obs[noisy])
     return cells, tasks, {key: letters[key] for key in [*tasks][:3]} | {"ari": ari}
 
 
